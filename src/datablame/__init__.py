@@ -1,0 +1,59 @@
+"""datablame: which training examples made the model say this, and should you believe the answer?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datablame.encoding import EncodingOptions
+    from datablame.errors import UserError
+    from datablame.examples import Columns, Example, load_examples
+    from datablame.indexing import CaptureOptions, index
+    from datablame.methods import create
+    from datablame.scores import Scores
+    from datablame.store import FeatureStore
+    from datablame.tracing import trace
+    from datablame.tuning import TuneOptions, tune
+
+__version__ = version("datablame")
+
+_HOME = {
+    "CaptureOptions": "indexing",
+    "Columns": "examples",
+    "EncodingOptions": "encoding",
+    "Example": "examples",
+    "FeatureStore": "store",
+    "Scores": "scores",
+    "TuneOptions": "tuning",
+    "UserError": "errors",
+    "create": "methods",
+    "index": "indexing",
+    "load_examples": "examples",
+    "trace": "tracing",
+    "tune": "tuning",
+}
+
+__all__ = [
+    "CaptureOptions",
+    "Columns",
+    "EncodingOptions",
+    "Example",
+    "FeatureStore",
+    "Scores",
+    "TuneOptions",
+    "UserError",
+    "create",
+    "index",
+    "load_examples",
+    "trace",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import datablame` stays light."""
+    if name in _HOME:
+        return getattr(import_module(f"datablame.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'datablame' has no attribute {name!r}")

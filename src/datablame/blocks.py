@@ -1,0 +1,60 @@
+"""Which weights are attributed: a *block* is one weight matrix, a linear layer `y = W x`."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from torch import nn
+
+from datablame.errors import UserError, nearest
+
+Blocks = dict[str, nn.Linear]
+
+
+def select_blocks(model: nn.Module, pattern: str | None = None) -> Blocks:
+    """The LoRA `A` and `B` of an adapted model; without an adapter, the linear layers that `pattern` matches.
+
+    `pattern` is a shell pattern over block names (`*.q_proj`, `layers.1[0-9].*`); several are separated by
+    commas. With an adapter it narrows the choice; without a pattern all of the adapter is taken.
+    Returns `{name: layer}`, in the model's order; empty without adapter and pattern.
+    Raises UserError when the pattern matches nothing, or a weight tied to the embeddings.
+    """
+    lora = {
+        short_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (".lora_A." in name or ".lora_B." in name)
+    }
+    if pattern is None:
+        return lora
+    linear = lora or {short_name(n): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    parts = [p.strip() for p in pattern.split(",") if p.strip()]
+    chosen = {n: m for n, m in linear.items() if any(fnmatch.fnmatchcase(n, p) for p in parts)}
+    if not chosen:
+        raise UserError(
+            f"--blocks {pattern!r} matches none of the {len(linear)} linear layers.{nearest(pattern, linear)}"
+        )
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    for name, module in chosen.items():
+        if module.weight is embedding:
+            raise UserError(f"--blocks {pattern!r}: {name} shares its weight with the embeddings; leave it out.")
+    return chosen
+
+
+def short_name(name: str) -> str:
+    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default` -> `layers.0.self_attn.q_proj.lora_A`."""
+    for prefix in ("base_model.model.", "model.", "transformer."):
+        name = name.removeprefix(prefix)
+    return name.removesuffix(".default")
+
+
+def sizes(blocks: Blocks) -> dict[str, int]:
+    """Numbers in one row of each block."""
+    return {name: module.weight.numel() for name, module in blocks.items()}
+
+
+def uses_head(model: Any, blocks: Blocks) -> bool:
+    """Is a block inside the output head? Then the head must see all positions."""
+    head = model.get_output_embeddings()
+    inside = set(head.modules())
+    return any(module in inside for module in blocks.values())

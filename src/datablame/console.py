@@ -1,0 +1,112 @@
+"""What a person sees in the terminal: forecasts, progress bars, tables. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from datablame.indexing import Forecast, Reporter
+
+if TYPE_CHECKING:
+    from datablame.scores import Scores
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+class ConsoleReporter(Reporter):
+    """Prints notes and forecasts, and draws a bar with rate and time left."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def note(self, message: str) -> None:
+        """A line above the bar."""
+        (self._progress.console if self._progress else err).print(escape(message))
+
+    def forecast(self, forecast: Forecast) -> None:
+        """The forecast's sentence."""
+        err.print(f"[bold]forecast[/bold] {forecast.sentence()}")
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        """Draw the bar."""
+        self._progress = Progress(
+            TextColumn(f"[bold]{what}[/bold]"),
+            BarColumn(),
+            TextColumn(f"{{task.completed:,}}/{{task.total:,}} {unit}"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=err,
+        )
+        self._unit = unit
+        self._task = self._progress.add_task(what, total=max(total, 1), rate="")
+        self._progress.start()
+
+    def advance(self, done: int) -> None:
+        """Move the bar."""
+        if self._progress is None or self._task is None:
+            return
+        self._progress.advance(self._task, done)
+        task = self._progress.tasks[0]
+        rate = task.completed / task.elapsed if task.elapsed else 0.0
+        self._progress.update(self._task, rate=f"{rate:.3g} {self._unit}/s")
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+
+def shorten(text: str, width: int) -> str:
+    """One line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def print_scores(scores: Scores, k: int) -> None:
+    """A table per query and method."""
+    for query in scores.queries:
+        out.print()
+        out.print(Text.assemble(("query  ", "bold"), str(query.id), "  ", (shorten(query.prompt, 160), "dim")))
+        out.print(Text.assemble(("output ", "bold"), shorten(query.response, 300)))
+        for method in scores.methods:
+            top = scores.top(k, method, query.id)
+            table = Table(title=escape(method), title_justify="left", title_style="bold", expand=False)
+            for name in ("rank", "score", "pct"):
+                table.add_column(name, justify="right", no_wrap=True)
+            for name in ("id", "label") if any(e.label for e in scores.train) else ("id",):
+                table.add_column(name, no_wrap=True, max_width=20)
+            table.add_column("training row", ratio=1, no_wrap=True, overflow="ellipsis")
+            for r in top.to_dict("records"):
+                text = shorten(f"{r['prompt']} → {r['response']}" if r["prompt"] else r["response"], 200)
+                label = [Text(str(r["label"] or ""))] if len(table.columns) == 6 else []
+                table.add_row(
+                    str(r["rank"]),
+                    f"{r['score']:.4g}",
+                    f"{r['percentile']:.1f}",
+                    Text(str(r["train"])),
+                    *label,
+                    Text(text),
+                )
+            out.print(table)
+    for note in scores.notes:
+        out.print(Text(note, style="yellow"))
+
+
+def print_preview(rows: Sequence[list[tuple[str, bool]]], ids: Sequence[object]) -> None:
+    """Rendered rows, labelled tokens marked by colour and by brackets."""
+    for id_, pieces in zip(ids, rows, strict=True):
+        out.print(Text(f"row {id_}   (the loss is taken on the ⟦marked⟧ part)", style="bold"))
+        line = Text()
+        for text, labelled in pieces:
+            line.append(f"⟦{text}⟧" if labelled else text, style="black on green" if labelled else "")
+        out.print(line)
+        out.print()

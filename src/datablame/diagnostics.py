@@ -1,0 +1,166 @@
+"""Should you believe the scores? First diagnostics, as numbers and as sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from datablame.scores import Scores
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    Matrix = Float[np.ndarray, "m n"]
+
+Level = Literal["good", "note", "warning"]
+
+EXPLAINED = {
+    "bm25": "the words alone (BM25)",
+    "gradnorm": "the size of the training row's gradient alone",
+    "repsim-base": "the base model's hidden states alone, before any fine-tuning",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence for the reader, with the numbers behind it."""
+
+    level: Level
+    sentence: str
+    method: str | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+def query_independent_share(scores: Matrix) -> float:
+    """How much of the ranking is the same whatever the query: 1 = one ranking for all, 1/m = unrelated.
+
+    Each query's row is centred over the training rows and scaled to unit norm; the share is the squared norm
+    of the mean row. Constant rows are left out. NaN for fewer than two queries that rank anything.
+    """
+    rows = scores - scores.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(rows, axis=1)
+    scale = np.abs(scores).max(axis=1, initial=0.0) * np.sqrt(scores.shape[1])
+    kept = norms > 1e-12 * np.maximum(scale, np.finfo(float).tiny)
+    if kept.sum() < 2:
+        return float("nan")
+    return float(np.square((rows[kept] / norms[kept, None]).mean(axis=0)).sum())
+
+
+def hubs(scores: Matrix) -> tuple[int, int]:
+    """(training position, number of queries) of the row that is the top example of the most queries."""
+    position, count = Counter(scores.argmax(axis=1).tolist()).most_common(1)[0]
+    return int(position), int(count)
+
+
+def rank_correlation(a: Matrix, b: Matrix) -> float:
+    """Spearman's correlation over training rows, averaged over the queries where both rank anything; else NaN."""
+    from scipy.stats import rankdata
+
+    kept = (np.ptp(a, axis=1) > 0) & (np.ptp(b, axis=1) > 0)
+    if not kept.any() or a.shape[1] < 3:
+        return float("nan")
+    x, y = rankdata(a[kept], axis=1), rankdata(b[kept], axis=1)
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    return float(((x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))).mean())
+
+
+def top_overlap(a: Matrix, b: Matrix, k: int = 10) -> float:
+    """Share of the k highest rows that both have, averaged over queries."""
+    k = min(k, a.shape[1])
+    best = [np.argsort(-s, axis=1, kind="stable")[:, :k] for s in (a, b)]
+    return float(np.mean([len(np.intersect1d(p, q)) / k for p, q in zip(*best, strict=True)]))
+
+
+def base_name(method: str) -> str:
+    """`repsim:layer=3` -> `repsim`."""
+    return method.split(":")[0]
+
+
+def diagnose(scores: Scores) -> list[Finding]:
+    """All findings: notes first, then the gradients, each method, and the agreement between methods."""
+    findings = [Finding("warning" if "same answer" in note else "note", note) for note in scores.notes]
+    findings += _gradients(scores)
+    for method in scores.methods:
+        if base_name(method) not in ("random", "length", "gradnorm"):
+            findings += _one_method(scores, method)
+    return findings + _agreement(scores)
+
+
+def _gradients(scores: Scores) -> list[Finding]:
+    norms = scores.gradient_norms
+    if norms is None:
+        return []
+    if not norms.max() > 0:
+        return [Finding("warning", "All training gradients are zero: the gradient methods say nothing.")]
+    tiny = np.flatnonzero(norms < 1e-3 * np.median(norms))
+    if len(tiny):
+        named = ", ".join(str(scores.train[t].id) for t in tiny[:5])
+        sentence = (
+            f"{len(tiny)} of {len(norms)} training rows have a near-zero gradient (below a thousandth of the median), "
+            f"so the model has nothing left to learn from them and gradient methods can hardly see them: {named}."
+        )
+        return [Finding("warning", sentence, None, {"near_zero": len(tiny), "rows": len(norms)})]
+    return [Finding("good", f"All {len(norms)} training gradients are finite, and none is near zero.")]
+
+
+def _one_method(scores: Scores, method: str) -> list[Finding]:
+    v, m = scores.matrix(method), len(scores.queries)
+    if not np.ptp(v, axis=1).any():
+        return [Finding("warning", "All its scores are equal: it ranks nothing here.", method)]
+    findings = []
+    share = query_independent_share(v)
+    if np.isfinite(share):
+        level: Level = "warning" if share > max(0.8, 2 / m) else "note" if share > max(0.5, 2 / m) else "good"
+        sentence = (
+            f"{share:.0%} of its ranking is the same whatever the query ({1 / m:.0%} would be unrelated rankings)"
+            + (": it mostly tells which rows are loud, unless all queries ask the same thing." if share > 0.5 else ".")
+        )
+        findings.append(Finding(level, sentence, method, {"query_independent_share": share, "unrelated": 1 / m}))
+    position, count = hubs(v)
+    if m >= 4 and count > m / 2:
+        sentence = f"Training row {scores.train[position].id} is the top example of {count} of {m} queries (a hub)."
+        findings.append(Finding("warning", sentence, method, {"hub_queries": count, "queries": m}))
+    for control, words in EXPLAINED.items():
+        if control in scores.controls and control != base_name(method):
+            findings += _explained(method, v, control, scores.controls[control], words)
+    return findings
+
+
+def _explained(method: str, v: Matrix, control: str, c: Matrix, words: str) -> list[Finding]:
+    rho, overlap = rank_correlation(v, c), top_overlap(v, c)
+    if not np.isfinite(rho):
+        return []
+    level: Level = "warning" if rho > 0.8 else "note" if rho > 0.5 else "good"
+    sentence = f"Its ranking correlates {rho:.2f} with {words}, and {overlap:.0%} of its top 10 are the same."
+    if rho > 0.5:
+        sentence += " What it finds could be had without the fine-tuned model." if control != "gradnorm" else ""
+    return [Finding(level, sentence, method, {f"spearman_{control}": rho, f"top10_{control}": overlap})]
+
+
+def _agreement(scores: Scores) -> list[Finding]:
+    names = [m for m in scores.methods if base_name(m) not in ("random", "length", "gradnorm")]
+    findings = []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            overlap = top_overlap(scores.matrix(a), scores.matrix(b))
+            rho = rank_correlation(scores.matrix(a), scores.matrix(b))
+            if np.isfinite(rho):
+                level: Level = "note" if overlap >= 0.2 else "warning"
+                sentence = f"{a} and {b} share {overlap:.0%} of their top 10 (rank correlation {rho:.2f})."
+                findings.append(Finding(level, sentence, None, {"top10": overlap, "spearman": rho}))
+    return findings
+
+
+def verdict(findings: list[Finding], methods: int) -> str:
+    """One plain sentence over all findings."""
+    warnings = sum(f.level == "warning" for f in findings)
+    if any("same answer" in f.sentence for f in findings if f.level == "warning"):
+        return "No: the base model gives the same answer without any of these rows."
+    if warnings == 0:
+        return "Nothing here speaks against the ranking. It is still a correlate of influence, not a retraining."
+    if methods < 2:
+        return f"With care: {warnings} warnings below, and no second method to compare with."
+    return f"With care: {warnings} of {len(findings)} checks below are warnings. Prefer rows that several methods name."

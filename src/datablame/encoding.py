@@ -1,0 +1,260 @@
+"""Examples become token ids and labels, the same for training, capture and generation.
+
+The labels say which tokens the loss is taken on. Training (tuning.py) and attribution (capture.py)
+receive the same ids and labels from here, so the attributed loss is the trained loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from datablame.errors import UserError
+from datablame.examples import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token on which no loss is taken (the convention of PyTorch and TRL)."""
+
+VERBATIM = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' and not m['content'].endswith(eos_token) %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+"""`--template none`: prompt and response as they are, then the end token, as TRL trains string columns."""
+
+PLAIN = (
+    "{% for m in messages %}### {{ m['role'] | capitalize }}\n{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
+)
+"""`--template plain`: headings, for a model without a chat template."""
+
+
+@dataclass(frozen=True)
+class EncodingOptions:
+    """How rows were rendered in training. Stored with adapters and indexes.
+
+    template: `auto` (the tokenizer's chat template, `plain` where it has none), `chat`, `plain`, `none`,
+        or the Jinja text itself.
+    system: a system message for rows that have none.
+    loss_on: `response` (every assistant turn and its end of turn) or `all` (every token).
+    max_length: tokens of a row; None is the model's own limit.
+    """
+
+    template: str = "auto"
+    system: str | None = None
+    loss_on: Literal["response", "all"] = "response"
+    max_length: int | None = None
+
+
+def read_template(value: str) -> str:
+    """`--template`: a built-in name, or the text of the Jinja file at that path."""
+    if value in ("auto", "chat", "plain", "none"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"--template {value!r}: neither auto, chat, plain or none, nor a readable Jinja file.") from e
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and labels of one example; both have the same length T.
+
+    labels[t] is input_ids[t] where the loss is taken on token t, else IGNORED.
+    prompt_length: tokens before the last labelled turn (0 for a `text` row).
+    dropped: tokens cut off at the end by the length limit.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+    dropped: int = 0
+
+    @property
+    def targets(self) -> list[int]:
+        """Positions t >= 1 whose token is predicted with loss (the first token has no predecessor)."""
+        return [t for t in range(1, len(self.labels)) if self.labels[t] != IGNORED]
+
+
+class Encoding:
+    """Owns the template, the end of turn, truncation and the loss mask of one tokenizer."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, options: EncodingOptions | None = None, limit: int | None = None
+    ) -> None:
+        """`limit` is the model's longest input, in tokens."""
+        self.tokenizer = tokenizer
+        options = options or EncodingOptions()
+        if options.loss_on not in ("response", "all"):
+            raise UserError(f"--loss-on {options.loss_on!r}: use response or all.")
+        if options.max_length is not None and options.max_length < 2:
+            raise UserError(f"--max-length {options.max_length}: at least 2 tokens are needed.")
+        template = options.template
+        if template == "auto":
+            template = "chat" if tokenizer.chat_template else "plain"
+        if template == "chat" and not tokenizer.chat_template:
+            raise UserError("--template chat: this tokenizer has no chat template; use plain, none or a file.")
+        self.options = replace(options, template=template)
+        builtin = {"chat": None, "plain": PLAIN, "none": VERBATIM}
+        self._template = builtin.get(template, template)
+        # A chat template writes the special tokens itself; for the others the tokenizer adds its own.
+        self._special = template in ("plain", "none")
+        self.limit = min(n for n in (options.max_length, limit, tokenizer.model_max_length) if n is not None)
+
+    # ------------------------------------------------------------ one example
+
+    def encode(self, example: Example, turns: Literal["all", "last"] = "all") -> Encoded:
+        """Ids and labels of one example. `turns="last"` (queries) takes the loss on the last answer only.
+
+        Raises UserError naming the row when there is nothing to take the loss on.
+        """
+        if not example.messages:
+            ids = self._text_ids(example)
+            spans, prompt_length = [(0, len(ids))], 0
+        else:
+            ids, spans = self._conversation(example)
+            spans = spans if turns == "all" else spans[-1:]
+            prompt_length = spans[-1][0]
+        labels = [IGNORED] * len(ids)
+        for start, end in [(0, len(ids))] if self.options.loss_on == "all" else spans:
+            labels[start:end] = ids[start:end]
+        dropped = max(0, len(ids) - self.limit)
+        encoded = Encoded(ids[: self.limit], labels[: self.limit], min(prompt_length, self.limit), dropped)
+        if not encoded.targets:
+            raise UserError(
+                f"row {example.row} (id {example.id!r}): after truncation to {self.limit} tokens nothing of the "
+                f"response is left (the prompt alone has {prompt_length}). Raise --max-length or remove the row."
+            )
+        return encoded
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """The ids that a model is given in order to answer the last user turn."""
+        messages = self._with_system(example.messages)
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return self._ids(self._render(messages, example, generate=True))
+
+    def _text_ids(self, example: Example) -> list[int]:
+        text, eos = example.text, self.tokenizer.eos_token or ""
+        return self._ids(text if text.endswith(eos) else text + eos, special=True)
+
+    def _conversation(self, example: Example) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of the whole conversation and the [start, end) of every assistant turn."""
+        messages = self._with_system(example.messages)
+        where = f"row {example.row} (id {example.id!r})"
+        ids = self._ids(self._render(messages, example))
+        spans: list[tuple[int, int]] = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            if not message["content"]:
+                raise UserError(f"{where}: the response is empty, so there is no loss to attribute. Remove the row.")
+            before = self._ids(self._render(messages[:i], example, generate=True))
+            start = _common_prefix(before, ids)
+            end = len(ids)
+            if i + 1 < len(messages):
+                end = _common_prefix(self._ids(self._render(messages[: i + 1], example)), ids)
+            if end <= start:
+                raise UserError(
+                    f"{where}: the chat template rewrites earlier turns, so turn {i} cannot be located. "
+                    "Split the conversation into one row per answer, or give --template."
+                )
+            spans.append((start, end))
+        if not spans:
+            raise UserError(f"{where}: no response (no assistant turn), so there is no loss to attribute.")
+        return ids, spans
+
+    # ------------------------------------------------------------ rendering
+
+    def _with_system(self, messages: Sequence[Message]) -> list[Message]:
+        system = self.options.system
+        if system is None or (messages and messages[0]["role"] == "system"):
+            return list(messages)
+        return [{"role": "system", "content": system}, *messages]
+
+    def _render(self, messages: list[Message], example: Example, generate: bool = False) -> str:
+        if not messages:
+            return ""
+        try:
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=generate
+            )
+        except Exception as e:  # Jinja's and the template's own complaints come in many classes
+            raise UserError(
+                f"row {example.row} (id {example.id!r}): the chat template refuses this conversation ({e})."
+            ) from e
+
+    def _ids(self, text: str, special: bool | None = None) -> list[int]:
+        special = self._special if special is None else special
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    # ------------------------------------------------------------ records and eyes
+
+    def settings(self) -> dict[str, Any]:
+        """What an index records: two encodings with equal settings give equal ids and labels."""
+        text = self._template or str(self.tokenizer.chat_template)
+        return {
+            **asdict(self.options),
+            "max_length": self.limit,
+            "template_sha256": hashlib.sha256(text.encode()).hexdigest(),
+            "tokenizer_sha256": _tokenizer_digest(self.tokenizer),
+        }
+
+    def preview(self, encoded: Encoded) -> list[tuple[str, bool]]:
+        """The row as text pieces with a flag: does the loss fall on this piece?"""
+        pieces: list[tuple[list[int], bool]] = []
+        for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+            labelled = label != IGNORED
+            if not pieces or pieces[-1][1] != labelled:
+                pieces.append(([], labelled))
+            pieces[-1][0].append(token)
+        return [(str(self.tokenizer.decode(ids)), labelled) for ids, labelled in pieces]
+
+
+def encode_rows(
+    encoding: Encoding, examples: Sequence[Example], turns: Literal["all", "last"] = "all"
+) -> list[Encoded]:
+    """Encode every row; all rows that cannot be encoded are named in one UserError."""
+    rows: list[Encoded] = []
+    problems: list[str] = []
+    for example in examples:
+        try:
+            rows.append(encoding.encode(example, turns))
+        except UserError as e:
+            problems.append(str(e))
+    if problems:
+        more = f" (and {len(problems) - 3} more rows like it)" if len(problems) > 3 else ""
+        raise UserError(" ".join(problems[:3]) + more)
+    return rows
+
+
+def truncation_note(examples: Sequence[Example], rows: Sequence[Encoded]) -> str | None:
+    """One sentence that counts and names the truncated rows, or None."""
+    cut = [(e, r) for e, r in zip(examples, rows, strict=True) if r.dropped]
+    if not cut:
+        return None
+    named = ", ".join(f"{e.id} (-{r.dropped} tokens)" for e, r in cut[:10])
+    more = f" and {len(cut) - 10} more" if len(cut) > 10 else ""
+    limit = len(cut[0][1].input_ids)
+    return f"{len(cut)} of {len(rows)} rows are longer than {limit} tokens and were truncated: {named}{more}."
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        n += 1
+    return n
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(repr((vocabulary, tokenizer.eos_token, tokenizer.bos_token)).encode()).hexdigest()

@@ -1,0 +1,285 @@
+"""Rows of a file to a feature store on disk: `datablame index`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datablame.encoding import Encoded, Encoding, EncodingOptions, encode_rows, truncation_note
+from datablame.errors import UserError
+from datablame.examples import Columns, Example, load_examples
+from datablame.models import Loaded, ModelSpec, load
+from datablame.store import FeatureStore, check_disk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRAINING_RECORD = "datablame.json"
+"""Beside an adapter that `datablame tune` made: how its rows were encoded."""
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """blocks: a pattern of weights, None for the whole adapter · layers: hidden states to keep ·
+    batch_tokens: padded tokens of one batch (more is faster on a GPU, and takes more memory)."""
+
+    blocks: str | None = None
+    layers: str = "middle,last"
+    batch_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take, told before it starts; `seconds` is measured on a first batch."""
+
+    rows: int
+    tokens: int
+    disk_bytes: int
+    memory_bytes: int
+    seconds: float | None = None
+
+    def sentence(self) -> str:
+        """One line for people."""
+        text = (
+            f"{self.rows:,} rows · {self.tokens:,} tokens · {_bytes(self.disk_bytes)} on disk · "
+            f"about {_bytes(self.memory_bytes)} of memory"
+        )
+        return text if self.seconds is None else f"{text} · about {duration(self.seconds)}"
+
+
+class Reporter:
+    """Where a run tells what it does; this one is silent, the command line's prints."""
+
+    def note(self, message: str) -> None:
+        """Something worth knowing."""
+
+    def forecast(self, forecast: Forecast) -> None:
+        """Before the work starts."""
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        """A stage of so many tokens (or steps) begins."""
+
+    def advance(self, done: int) -> None:
+        """So many more are done."""
+
+    def end(self) -> None:
+        """The stage is over."""
+
+
+SILENT = Reporter()
+
+
+def index(
+    model: str,
+    train: str | Path,
+    out: str | Path,
+    adapter: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    encoding: EncodingOptions | None = None,
+    columns: Columns | None = None,
+    capture: CaptureOptions | None = None,
+    reporter: Reporter = SILENT,
+) -> FeatureStore:
+    """Capture the features of every training row into an index at `out`.
+
+    An interrupted build goes on where it stopped, when called again in the same way. Raises UserError for
+    bad input, an index at `out` made in another way, or too little disk or memory.
+    """
+    out, options = Path(out), capture or CaptureOptions()
+    if options.batch_tokens < 1:
+        raise UserError(f"--batch-tokens {options.batch_tokens}: at least 1.")
+    examples = load_examples(train, columns)
+    encoding = encoding or recorded_encoding(adapter)
+    loaded = load(ModelSpec(model, adapter, device, dtype))
+    encoder = Encoding(loaded.tokenizer, encoding, loaded.max_length)
+    rows = encode_rows(encoder, examples)
+    if note := truncation_note(examples, rows):
+        reporter.note(note)
+    engine = Engine(loaded, options)
+    settings = {**engine.settings(), "encoding": encoder.settings(), "train_sha256": digest(examples, rows)}
+    todo = _begin(out, engine, settings, examples, rows, reporter)
+    store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype)
+    for name in store.forget_damaged():
+        reporter.note(f"{name} was damaged and is built again.")
+    ranges = store.missing()
+    if len(ranges) and (a := ranges[0][0]):
+        reporter.note(f"{a} of {len(store)} rows were done before; going on.")
+    reporter.start("index", todo)
+    for a, b in ranges:
+        store.write((a, b), engine.capture(rows[a:b], reporter, examples[a:b]))
+    reporter.end()
+    return FeatureStore.open(out)
+
+
+def _begin(
+    out: Path,
+    engine: Engine,
+    settings: dict[str, Any],
+    examples: list[Example],
+    rows: list[Encoded],
+    reporter: Reporter,
+) -> int:
+    """Forecast and refuse before anything is written; the tokens still to do."""
+    if (out / "manifest.json").exists():
+        # Settings that differ are refused here, before any time is spent.
+        store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype)
+        left = [row for a, b in store.missing() for row in rows[a:b]]
+    else:
+        left = rows
+    tokens = sum(len(r.input_ids) for r in left)
+    forecast = Forecast(len(left), tokens, len(left) * engine.row_bytes, engine.memory_bytes(left))
+    check_disk(out, forecast.disk_bytes)
+    check_memory(forecast.memory_bytes, engine)
+    if left:
+        forecast = replace(forecast, seconds=engine.seconds_per_token(left) * tokens)
+    reporter.forecast(forecast)
+    return tokens
+
+
+class Engine:
+    """One loaded model with its blocks and layers: rows in, features out. Used for training rows and queries."""
+
+    def __init__(self, loaded: Loaded, options: CaptureOptions) -> None:
+        from datablame.blocks import select_blocks
+        from datablame.capture import parse_layers, widths
+
+        self.loaded, self.options = loaded, options
+        self.blocks = select_blocks(loaded.model, options.blocks)
+        self.layers = parse_layers(loaded.model, options.layers)
+        self.widths = widths(loaded.model, self.blocks, self.layers)
+        if loaded.adapter_sha256:
+            hidden = {k: d for k, d in self.widths.items() if k.startswith("hidden/")}
+            self.widths |= {f"base-{k}": d for k, d in hidden.items()}
+        self.dtype = "float64" if next(loaded.model.parameters()).dtype.itemsize == 8 else "float32"
+        self.row_bytes = sum(self.widths.values()) * (8 if self.dtype == "float64" else 4)
+
+    def settings(self) -> dict[str, Any]:
+        """What an index records of the model and the capture; paths are for reloading, digests decide."""
+        spec = self.loaded.spec
+        return {
+            "model": spec.model,
+            "adapter": spec.adapter,
+            "model_sha256": self.loaded.model_sha256,
+            "adapter_sha256": self.loaded.adapter_sha256,
+            "blocks": self.options.blocks,
+            "layers": self.options.layers,
+            "batch_tokens": self.options.batch_tokens,
+            "dtype": str(next(self.loaded.model.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def capture(self, rows: Sequence[Encoded], reporter: Reporter, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """All features of `rows`: one forward and backward pass, and one forward pass of the base model."""
+        from datablame.capture import NotFinite, capture
+
+        def done(tokens: int, seconds: float) -> None:
+            del seconds
+            reporter.advance(tokens)
+
+        model, size = self.loaded.model, self.options.batch_tokens
+        try:
+            features = capture(model, rows, self.blocks, self.layers, batch_tokens=size, on_batch=done)
+            if self.loaded.adapter_sha256:
+                with self.loaded.without_adapter():
+                    base = capture(model, rows, {}, self.layers, batch_tokens=size)
+                features |= {f"base-{k}": v for k, v in base.items() if k.startswith("hidden/")}
+        except NotFinite as e:
+            example = examples[e.row]
+            raise UserError(
+                f"row {example.row} (id {example.id!r}): {e.feature} is not finite (NaN or infinity), so it has no "
+                "score. Try --dtype float32, or remove the row."
+            ) from e
+        return features
+
+    def seconds_per_token(self, rows: Sequence[Encoded]) -> float:
+        """Measured on one small batch of rows of middling length."""
+        by_length = sorted(rows, key=lambda r: len(r.input_ids))
+        middle = by_length[len(by_length) // 2 :][: max(1, min(4, self.options.batch_tokens // 64))]
+        start = time.perf_counter()
+        self.capture(middle, SILENT, [])
+        return (time.perf_counter() - start) / sum(len(r.input_ids) for r in middle)
+
+    def memory_bytes(self, rows: Sequence[Encoded]) -> int:
+        """An estimate from shapes: weights, activations and logits of the largest batch, one shard of features."""
+        from datablame.store import shard_rows
+
+        config = self.loaded.model.config.get_text_config()
+        weights = sum(p.numel() * p.element_size() for p in self.loaded.model.parameters())
+        tokens = max([self.options.batch_tokens, *(len(r.input_ids) for r in rows)])
+        labelled = max((len(r.targets) / len(r.input_ids) for r in rows), default=1.0)
+        intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        per_token = config.num_hidden_layers * (12 * config.hidden_size + 4 * intermediate)
+        activations = 4 * tokens * per_token
+        logits = 3 * 4 * int(tokens * labelled) * config.vocab_size
+        shard = 2 * min(len(rows), shard_rows(self.row_bytes)) * self.row_bytes
+        return int(weights + activations + logits + shard + 0.5e9)
+
+
+def check_memory(needed: int, engine: Engine) -> None:
+    """Raise UserError when the forecast is more than the machine's whole memory."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    if needed > total and engine.loaded.model.device.type == "cpu":
+        raise UserError(
+            f"about {_bytes(needed)} of memory are needed and this machine has {_bytes(total)}. "
+            f"One row takes {_bytes(engine.row_bytes)}: choose fewer --blocks, or a smaller --batch-tokens."
+        )
+
+
+# ---------------------------------------------------------------- small helpers
+
+
+def recorded_encoding(adapter: str | None) -> EncodingOptions:
+    """The encoding that `datablame tune` recorded beside the adapter, else the defaults."""
+    path = Path(adapter) / TRAINING_RECORD if adapter else None
+    if path is None or not path.exists():
+        return EncodingOptions()
+    try:
+        return EncodingOptions(**json.loads(path.read_text(encoding="utf-8"))["encoding"])
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: damaged; delete it and give --template, --system, --loss-on by hand.") from e
+
+
+def digest(examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
+    """sha256 over ids, labels and tokens of all rows."""
+    sha = hashlib.sha256()
+    for e, r in zip(examples, rows, strict=True):
+        sha.update(repr((e.id, e.label, r.input_ids, r.labels)).encode())
+    return sha.hexdigest()
+
+
+def _bytes(n: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min 20 s`, `2 h 05 min`."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries' own progress bars and advice: ours are told by the reporter."""
+    import logging
+    import warnings
+
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

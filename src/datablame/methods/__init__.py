@@ -1,0 +1,113 @@
+"""Every attribution method, under one call: `create(name, **options).fit(train).score(query)`.
+
+Packages add their own through the entry-point group `datablame.methods` (see CONTRIBUTING).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from datablame.errors import UserError, nearest
+from datablame.methods.base import Method, Text
+
+__all__ = ["BUILTIN", "Method", "Text", "create", "describe", "names", "parse", "parse_list"]
+
+BUILTIN = {
+    "gradcos": "gradients:GradCos",
+    "graddot": "gradients:GradDot",
+    "repsim": "representations:RepSim",
+    "repsim-base": "representations:BaseRepSim",
+    "bm25": "controls:BM25",
+    "verbatim": "controls:Verbatim",
+    "length": "controls:Length",
+    "gradnorm": "gradients:GradNorm",
+    "random": "controls:Random",
+}
+"""name -> module:class inside this package."""
+
+NEEDS = {
+    "gradients": "gradients of the indexed blocks",
+    "hidden": "hidden states",
+    "base-hidden": "an adapter, and the base model's hidden states",
+    "length": "the rows' lengths",
+    "texts": "the rows' text",
+}
+
+
+@cache
+def _entry_points() -> dict[str, Any]:
+    return {e.name: e for e in entry_points(group="datablame.methods")}
+
+
+def names() -> list[str]:
+    """All known methods, ours first."""
+    return [*BUILTIN, *(n for n in _entry_points() if n not in BUILTIN)]
+
+
+def method_class(name: str) -> type[Any]:
+    """The class behind a name. Raises UserError with the nearest names for an unknown one."""
+    if name in BUILTIN:
+        module, attribute = BUILTIN[name].split(":")
+        return getattr(import_module(f"datablame.methods.{module}"), attribute)
+    if name in _entry_points():
+        return _entry_points()[name].load()
+    raise UserError(f"unknown method {name!r}.{nearest(name, names())}")
+
+
+def create(name: str, **options: Any) -> Method:
+    """A method by name. Raises UserError for an unknown name or option."""
+    cls = method_class(name)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for option in options:
+        if option not in known:
+            hint = nearest(option, known) if known else " It has no options."
+            raise UserError(f"{name}: unknown option {option!r}.{hint}")
+    return cls(**options)
+
+
+def parse(spec: str) -> Method:
+    """`name:option=value,option=value` to a method. Whole numbers and decimals become numbers."""
+    name, _, rest = spec.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UserError(f"method {spec!r}: options are written {name}:option=value, found {part!r}.")
+        options[key.strip()] = _value(value.strip())
+    return create(name.strip(), **options)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_list(text: str) -> list[str]:
+    """`a,b:x=1,y=2,c` to `["a", "b:x=1,y=2", "c"]`: a part with `=` but no `:` belongs to the method before."""
+    specs: list[str] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        if "=" in part and ":" not in part and specs:
+            specs[-1] += f",{part}"
+        else:
+            specs.append(part)
+    if not specs:
+        raise UserError("--method: no method named.")
+    if len(set(specs)) < len(specs):
+        raise UserError(f"--method {text}: a method is named twice.")
+    return specs
+
+
+def describe(name: str) -> tuple[str, str, str]:
+    """(first line of its description, options with defaults, what it needs)."""
+    cls = method_class(name)
+    options = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.init)
+    return (inspect.getdoc(cls) or "").splitlines()[0], options, NEEDS.get(cls.needs, cls.needs)

@@ -1,0 +1,75 @@
+"""What a method is, and the text and numbers it may ask for.
+
+A method is a dataclass whose fields are its options. It names one *kind* of input in `needs`, is fitted on
+that input of the training rows, and scores that input of the queries:
+
+    needs           input of fit (n rows) and score (m rows)
+    "gradients"     {block: [n, D]}, the gradient of each row's summed loss
+    "hidden"        {"LAYER.TEXT.TOKEN": [n, d]}, hidden states
+    "base-hidden"   the same from the base model, adapter off
+    "length"        {"length": [n, 1]}, labelled tokens of each row
+    "texts"         a list of n `Text(prompt, response)`
+
+`score` returns `[m, n]`, signed, higher = more responsible. Methods know nothing of files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+
+from datablame.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Blocks = Mapping[str, Float[Tensor, "n _"]]
+
+
+class Text(NamedTuple):
+    """What the controls on words see of a row."""
+
+    prompt: str
+    response: str
+
+
+class Method(Protocol):
+    """The interface of every method; see the module's text."""
+
+    needs: ClassVar[str]
+
+    def fit(self, train: Any) -> Self:
+        """Take the training rows."""
+        ...
+
+    def score(self, query: Any) -> Float[Tensor, "m n"]:
+        """Score every training row for every query; higher = more responsible."""
+        ...
+
+
+def check_blocks(train: Blocks, query: Blocks) -> None:
+    """Raise UserError when the queries' blocks are not the training rows' blocks."""
+    if set(train) != set(query):
+        odd = sorted(set(train) ^ set(query))
+        raise UserError(f"training rows and queries have different blocks ({odd[0]!r} is only in one of them).")
+
+
+def check_finite(name: str, x: Tensor) -> Tensor:
+    """Raise UserError naming block and row when a number is NaN or infinite."""
+    import torch
+
+    bad = (~torch.isfinite(x)).any(dim=1).nonzero()
+    if len(bad):
+        raise UserError(f"block {name!r}: row {int(bad[0])} holds a number that is not finite, so it has no score.")
+    return x
+
+
+def unit_rows(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
+    """Rows scaled to length 1; a zero row stays zero, so its cosine with anything is 0."""
+    import torch
+
+    tiny = torch.finfo(x.dtype).tiny
+    # Scaling by the largest entry first keeps squares from under- or overflowing.
+    x = x / x.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
+    return x / x.norm(dim=1, keepdim=True).clamp_min(tiny)

@@ -1,0 +1,271 @@
+"""The feature store: a directory of row shards, complete or resumable, never half-trusted.
+
+    manifest.json                what made it, every feature's width, the shards written so far with checksums
+    examples.parquet             ids, labels and text of the rows
+    shard-00000.safetensors      every feature of rows [a, b)
+
+A shard is written as `*.part`, flushed, renamed, and then entered into the manifest (itself replaced in one
+step). Whatever the moment of an interruption, a shard named in the manifest is whole, and any other is
+written again, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datablame.errors import UserError
+from datablame.examples import Example
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+SCHEMA = 1
+KINDS = ("gradients", "hidden", "base-hidden", "loss", "length")
+SHARD_BYTES = 64 * 2**20
+
+
+def shard_rows(row_bytes: int) -> int:
+    """Rows of a shard: about 64 MB, at least 8 and at most 256."""
+    return max(8, min(256, SHARD_BYTES // max(1, row_bytes)))
+
+
+class FeatureStore:
+    """An index on disk: features `[n, D]` by name, and the examples they belong to."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], examples: list[Example]) -> None:
+        self.path, self.manifest, self.examples = path, manifest, examples
+
+    # ------------------------------------------------------------ open and create
+
+    @classmethod
+    def create(
+        cls, path: Path, settings: Mapping[str, Any], widths: Mapping[str, int], examples: Sequence[Example], dtype: str
+    ) -> FeatureStore:
+        """Begin an index at `path`, or go on with an unfinished one that was made with the same settings.
+
+        `settings` decide the features: another value is another index, and is refused with the reason.
+        """
+        row_bytes = sum(widths.values()) * (8 if dtype == "float64" else 4)
+        manifest = {
+            "schema": SCHEMA,
+            "settings": dict(settings),
+            "rows": len(examples),
+            "dtype": dtype,
+            "widths": dict(widths),
+            "shard_rows": shard_rows(row_bytes),
+            "shards": [],
+        }
+        if (path / "manifest.json").exists():
+            store = cls.open(path, complete=False)
+            _same(store.manifest, manifest, path)
+            return store
+        if path.exists() and any(path.iterdir()):
+            raise UserError(f"{path}: the directory is not empty and is no index. Give a new --out.")
+        path.mkdir(parents=True, exist_ok=True)
+        _write_examples(path / "examples.parquet", examples)
+        manifest["examples_sha256"] = _sha256(path / "examples.parquet")
+        store = cls(path, manifest, list(examples))
+        store._write_manifest()
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path, complete: bool = True, verify: bool = True) -> FeatureStore:
+        """Open an index. Raises UserError when it is none, of another version, unfinished or damaged."""
+        path = Path(path)
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise UserError(f"{path}: not an index (no manifest.json). Make one with `datablame index`.") from e
+        except (json.JSONDecodeError, NotADirectoryError) as e:
+            raise UserError(f"{path / 'manifest.json'}: damaged; delete {path} and index again.") from e
+        if manifest.get("schema") != SCHEMA:
+            raise UserError(
+                f"{path}: made by another version (schema {manifest.get('schema')}; this one reads {SCHEMA}). "
+                "Index again."
+            )
+        if (
+            not (path / "examples.parquet").exists()
+            or _sha256(path / "examples.parquet") != manifest["examples_sha256"]
+        ):
+            raise UserError(f"{path / 'examples.parquet'}: missing or damaged; delete {path} and index again.")
+        store = cls(path, manifest, _read_examples(path / "examples.parquet"))
+        if complete and store.missing():
+            done, n = sum(s["rows"][1] - s["rows"][0] for s in manifest["shards"]), len(store)
+            raise UserError(
+                f"{path}: unfinished ({done} of {n} rows). Run the same `datablame index` command to go on."
+            )
+        if verify:
+            store.verify()
+        return store
+
+    def verify(self) -> None:
+        """Compare every shard's checksum. Raises UserError naming the damaged file."""
+        for shard in self.manifest["shards"]:
+            file = self.path / shard["file"]
+            if not file.exists() or _sha256(file) != shard["sha256"]:
+                state = "damaged" if file.exists() else "missing"
+                raise UserError(f"{file}: {state} (checksum). Delete it and run `datablame index` again to rebuild it.")
+
+    def forget_damaged(self) -> list[str]:
+        """Strike damaged shards from the manifest, so that the build writes them again; their names."""
+        good: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
+        for shard in self.manifest["shards"]:
+            file = self.path / shard["file"]
+            (good if file.exists() and _sha256(file) == shard["sha256"] else bad).append(shard)
+        if bad:
+            self.manifest["shards"] = good
+            self._write_manifest()
+        return [s["file"] for s in bad]
+
+    # ------------------------------------------------------------ write
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Row ranges [a, b) that no shard holds yet, shard by shard."""
+        done = {tuple(s["rows"]) for s in self.manifest["shards"]}
+        n, step = len(self), self.manifest["shard_rows"]
+        ranges = [(a, min(a + step, n)) for a in range(0, n, step)]
+        return [r for r in ranges if r not in done]
+
+    def write(self, rows: tuple[int, int], features: Mapping[str, Tensor]) -> None:
+        """Write one shard and enter it into the manifest."""
+        from safetensors.torch import save
+
+        name = f"shard-{rows[0] // self.manifest['shard_rows']:05d}.safetensors"
+        data = save({k: features[k].contiguous() for k in sorted(features)})
+        _replace(self.path / name, data)
+        entry = {"file": name, "rows": list(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda s: s["file"])
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        _replace(self.path / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False).encode())
+
+    # ------------------------------------------------------------ read
+
+    def __len__(self) -> int:
+        return int(self.manifest["rows"])
+
+    def __repr__(self) -> str:
+        return f"FeatureStore({str(self.path)!r}, {len(self)} rows, {len(self.manifest['widths'])} features)"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What made the features: model, adapter, encoding, blocks and layers."""
+        return dict(self.manifest["settings"])
+
+    def features(self, kind: str) -> Features:
+        """All features of one kind (`gradients`, `hidden`, `base-hidden`, `loss`, `length`), read when asked for."""
+        names = [k for k in self.manifest["widths"] if k.split("/")[0] == kind]
+        return Features(self, {k.split("/", 1)[-1]: k for k in names})
+
+    def read(self, name: str) -> Float[Tensor, "n D"]:
+        """One feature of all rows."""
+        import torch
+        from safetensors import safe_open
+
+        parts = []
+        for shard in self.manifest["shards"]:
+            with safe_open(str(self.path / shard["file"]), framework="pt") as file:
+                parts.append(file.get_tensor(name))
+        return torch.cat(parts)
+
+
+class Features(Mapping[str, "Tensor"]):
+    """`{block: [n, D]}` over a store: a block is read from disk each time it is asked for, none is kept."""
+
+    def __init__(self, store: FeatureStore, names: dict[str, str]) -> None:
+        self._store, self._names = store, names
+
+    def __getitem__(self, block: str) -> Tensor:
+        return self._store.read(self._names[block])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
+    """Raise UserError naming every setting in which an existing index differs from the one asked for."""
+    a = {**old["settings"], "rows": old["rows"], "dtype": old["dtype"], "widths": old["widths"]}
+    b = {**new["settings"], "rows": new["rows"], "dtype": new["dtype"], "widths": new["widths"]}
+    differ = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    if differ:
+        shown = "; ".join(f"{k}: {_short(a.get(k))} there, {_short(b.get(k))} here" for k in differ[:4])
+        raise UserError(f"{path}: this index was made with other settings ({shown}). Give another --out, or delete it.")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, even after a power cut."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({e.strerror}). What was finished before is kept.") from e
+    part.replace(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Raise UserError when `needed` bytes (and a tenth more) do not fit where `path` will be."""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed * 1.1 > free:
+        raise UserError(
+            f"{path}: the index needs {needed / 1e9:.2f} GB and only {free / 1e9:.2f} GB are free. "
+            "Choose fewer --blocks or --layers, fewer rows, or another --out."
+        )
+
+
+def _write_examples(path: Path, examples: Sequence[Example]) -> None:
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "id": pa.array([e.id for e in examples]),
+            "row": pa.array([e.row for e in examples], pa.int64()),
+            "messages": pa.array([json.dumps(e.messages, ensure_ascii=False) for e in examples], pa.string()),
+            "text": pa.array([e.text for e in examples], pa.string()),
+            "label": pa.array([e.label for e in examples], pa.string()),
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    _replace(path, buffer.getvalue())
+
+
+def _read_examples(path: Path) -> list[Example]:
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path).to_pylist()
+    return [Example(r["id"], r["row"], tuple(json.loads(r["messages"])), r["text"], r["label"]) for r in rows]

@@ -1,0 +1,185 @@
+"""An index and queries to scores: `datablame trace`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datablame import methods as registry
+from datablame.encoding import Encoding, EncodingOptions, encode_rows, truncation_note
+from datablame.errors import UserError
+from datablame.examples import Columns, Example, from_prompt, load_examples
+from datablame.indexing import SILENT, CaptureOptions, Engine, Forecast, Reporter, check_memory
+from datablame.methods import Method, Text
+from datablame.models import Loaded, ModelSpec, answer, load
+from datablame.scores import Scores
+from datablame.store import FeatureStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_METHODS = ("gradcos", "graddot", "repsim", "repsim-base", "bm25")
+CONTROLS = ("bm25", "gradnorm", "repsim-base")
+"""The diagnostics compare every method with these."""
+
+
+def trace(
+    index: FeatureStore | str | Path,
+    query: str | Path | None = None,
+    *,
+    prompt: str | None = None,
+    response: str | None = None,
+    methods: Sequence[str] | None = None,
+    model: str | None = None,
+    adapter: str | None = None,
+    device: str | None = None,
+    columns: Columns | None = None,
+    max_new_tokens: int = 128,
+    reporter: Reporter = SILENT,
+) -> Scores:
+    """Score every training row of `index` for every query.
+
+    query: a file of queries with their responses · prompt: one question; without `response` the model answers
+    first (greedy) and its own answer is traced · methods: spellings such as `repsim:layer=15,text=prompt` ·
+    model, adapter: where they are now, if they moved since the index was made (their content must be the same).
+
+    Raises UserError for an unknown method, a query without a response, or a model that is not the index's.
+    """
+    if (query is None) == (prompt is None):
+        raise UserError("give either a file of queries (--query) or one question (--prompt).")
+    if response is not None and prompt is None:
+        raise UserError("--response goes with --prompt; a --query file holds its own responses.")
+    store = index if isinstance(index, FeatureStore) else FeatureStore.open(index)
+    chosen = {spec: registry.parse(spec) for spec in methods or available(store, DEFAULT_METHODS)}
+    for spec, method in chosen.items():
+        _check_available(spec, method, store)
+    queries = load_examples(query, columns) if query is not None else [from_prompt(str(prompt), response)]
+    loaded = load_for(store, model, adapter, device)
+    encoder = encoder_of(store, loaded)
+    notes: list[str] = []
+    if prompt is not None and response is None:
+        queries = [_answered(queries[0], encoder, loaded, max_new_tokens, notes)]
+    captured = capture_queries(store, loaded, encoder, queries, reporter)
+    inputs = Inputs(store, queries, captured)
+    values = {spec: inputs.score(method) for spec, method in chosen.items()}
+    names = [c for c in CONTROLS if _has(store, registry.create(c).needs)]
+    controls = {c: values[c] if c in values else inputs.score(registry.create(c)) for c in names}
+    norms = controls["gradnorm"][0] if "gradnorm" in controls else None
+    return Scores(values, queries, store.examples, store.settings, notes, controls, norms)
+
+
+def _answered(query: Example, encoder: Encoding, loaded: Loaded, limit: int, notes: list[str]) -> Example:
+    """The query with the model's own greedy answer; notes say what the base model answers."""
+    ids = encoder.prompt_ids(query)
+    text, ended = answer(loaded, ids, limit)
+    if not text.strip():
+        raise UserError(
+            "the model's own answer to this prompt is empty, so there is nothing to trace. Give --response."
+        )
+    if not ended:
+        notes.append(f"The model's answer was cut after {limit} tokens; raise --max-new-tokens to trace all of it.")
+    if loaded.adapter_sha256:
+        with loaded.without_adapter():
+            base, _ = answer(loaded, ids, limit)
+        if base.strip() == text.strip():
+            notes.append(
+                "The base model without the adapter gives the same answer: then no training row made it, "
+                "and the ranking below explains nothing."
+            )
+        else:
+            notes.append(f"Without the adapter the base model answers: {base.strip()!r}.")
+    return query.with_response(text)
+
+
+def load_for(store: FeatureStore, model: str | None, adapter: str | None, device: str | None) -> Loaded:
+    """The model that made the index, refused with the reason when its content has changed."""
+    s = store.settings
+    dtype = s["dtype"]
+    loaded = load(ModelSpec(model or s["model"], adapter or s["adapter"], device, dtype))
+    for what, now in (("model", loaded.model_sha256), ("adapter", loaded.adapter_sha256)):
+        if now != s[f"{what}_sha256"]:
+            raise UserError(
+                f"{store.path}: made with another {what} than {getattr(loaded.spec, what)!r} "
+                f"(sha256 {str(s[f'{what}_sha256'])[:12]} there, {str(now)[:12]} here). "
+                f"Index again, or point --{what} to it."
+            )
+    return loaded
+
+
+def encoder_of(store: FeatureStore, loaded: Loaded) -> Encoding:
+    """The encoding that the index was made with, on the tokenizer of the loaded model."""
+    s = store.settings["encoding"]
+    options = EncodingOptions(s["template"], s["system"], s["loss_on"], s["max_length"])
+    encoder = Encoding(loaded.tokenizer, options, loaded.max_length)
+    differ = [k for k, v in encoder.settings().items() if v != s[k]]
+    if differ:
+        raise UserError(f"{store.path}: made with another {differ[0].removesuffix('_sha256')}. Index again.")
+    return encoder
+
+
+def capture_queries(
+    store: FeatureStore, loaded: Loaded, encoder: Encoding, queries: list[Example], reporter: Reporter
+) -> dict[str, Tensor]:
+    """Features of the queries, with the index's own blocks and layers."""
+    s = store.settings
+    engine = Engine(loaded, CaptureOptions(s["blocks"], s["layers"], s["batch_tokens"]))
+    rows = encode_rows(encoder, queries, turns="last")
+    if note := truncation_note(queries, rows):
+        reporter.note(note)
+    tokens = sum(len(r.input_ids) for r in rows)
+    forecast = Forecast(len(rows), tokens, 0, engine.memory_bytes(rows) + len(rows) * engine.row_bytes)
+    check_memory(forecast.memory_bytes, engine)
+    if len(rows) > 4:
+        forecast = replace(forecast, seconds=engine.seconds_per_token(rows) * tokens)
+    reporter.forecast(forecast)
+    reporter.start("trace", tokens)
+    captured = engine.capture(rows, reporter, queries)
+    reporter.end()
+    return captured
+
+
+# ---------------------------------------------------------------- methods and what they need
+
+
+def _has(store: FeatureStore, need: str) -> bool:
+    return need == "texts" or len(store.features(need)) > 0
+
+
+def available(store: FeatureStore, names: Sequence[str]) -> list[str]:
+    """Those of `names` whose input this index holds."""
+    return [n for n in names if _has(store, registry.create(n).needs)]
+
+
+def _check_available(spec: str, method: Method, store: FeatureStore) -> None:
+    if not _has(store, method.needs):
+        have = ", ".join(available(store, registry.names()))
+        raise UserError(
+            f"{spec} needs {registry.NEEDS[method.needs]}, which this index does not hold. It can run: {have}."
+        )
+
+
+class Inputs:
+    """Hands every method the kind of input it needs, for training rows and queries."""
+
+    def __init__(self, store: FeatureStore, queries: Sequence[Example], captured: Mapping[str, Tensor]) -> None:
+        self.store, self.queries, self.captured = store, queries, captured
+
+    def score(self, method: Method) -> np.ndarray[Any, Any]:
+        """Fit on the training rows, score the queries: `[m, n]` in float64."""
+        return method.fit(self._train(method.needs)).score(self._query(method.needs)).double().numpy()
+
+    def _train(self, need: str) -> Any:
+        return _texts(self.store.examples) if need == "texts" else self.store.features(need)
+
+    def _query(self, need: str) -> Any:
+        if need == "texts":
+            return _texts(self.queries)
+        return {k.split("/", 1)[-1]: v for k, v in self.captured.items() if k.split("/")[0] == need}
+
+
+def _texts(examples: Sequence[Example]) -> list[Text]:
+    return [Text(e.prompt, e.response) for e in examples]

@@ -1,0 +1,206 @@
+"""LoRA fine-tuning with TRL, on exactly the ids and labels that attribution will use: `datablame tune`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datablame.encoding import Encoded, Encoding, EncodingOptions, encode_rows, truncation_note
+from datablame.errors import UserError
+from datablame.examples import Columns, load_examples
+from datablame.indexing import SILENT, TRAINING_RECORD, Reporter
+from datablame.models import Loaded, ModelSpec, load
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """The recipe. `layers` limits the LoRA to those block numbers (`0,1,2`); all when None.
+
+    early_stop: stop after so many evaluations without a lower validation loss (0 = never).
+    keep: checkpoints kept, one an epoch, each with adapter and optimizer state (0 = none).
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str = "q_proj,v_proj"
+    layers: str | None = None
+    epochs: float = 3.0
+    rate: float = 2e-4
+    batch: int = 8
+    seed: int = 0
+    early_stop: int = 0
+    keep: int = 0
+
+
+def tune(
+    model: str,
+    train: str | Path,
+    out: str | Path,
+    *,
+    validation: str | Path | None = None,
+    options: TuneOptions | None = None,
+    encoding: EncodingOptions | None = None,
+    columns: Columns | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """Fine-tune a LoRA adapter and write it to `out` (a PEFT directory with tokenizer and `datablame.json`).
+
+    Returns the record that is written: options, encoding, and the loss history of the trainer.
+    Raises UserError for bad rows, targets that match nothing, or an `out` that holds an adapter already.
+    """
+    out, options = Path(out), options or TuneOptions()
+    _check(out, options, validation)
+    examples = load_examples(train, columns)
+    held_out = load_examples(validation, columns) if validation else None
+    loaded = load(ModelSpec(model, None, device, dtype))
+    encoder = Encoding(loaded.tokenizer, encoding, loaded.max_length)
+    rows = encode_rows(encoder, examples)
+    if note := truncation_note(examples, rows):
+        reporter.note(note)
+    validation_rows = encode_rows(encoder, held_out) if held_out else None
+    trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter)
+    trainer.train()
+    reporter.end()
+    trainer.save_model(str(out))
+    loaded.tokenizer.save_pretrained(out)
+    record = {
+        "model": model,
+        "model_sha256": loaded.model_sha256,
+        "options": asdict(options),
+        "encoding": asdict(encoder.options),
+        "history": [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h],
+    }
+    (out / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing here reads it
+    return record
+
+
+def _check(out: Path, options: TuneOptions, validation: str | Path | None) -> None:
+    if (out / "adapter_config.json").exists():
+        raise UserError(f"--out {out}: there is an adapter already. Give a new directory, or delete it.")
+    if options.early_stop and not validation:
+        raise UserError("--early-stop watches the validation loss: give --validation FILE too.")
+    for name in ("rank", "alpha", "epochs", "rate", "batch"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name} {getattr(options, name)}: must be more than 0.")
+    if not 0 <= options.dropout < 1:
+        raise UserError(f"--dropout {options.dropout}: from 0 up to, but not, 1.")
+
+
+def make_trainer(
+    loaded: Loaded,
+    rows: Sequence[Encoded],
+    out: Path,
+    options: TuneOptions,
+    validation: Sequence[Encoded] | None = None,
+    reporter: Reporter = SILENT,
+) -> SFTTrainer:
+    """TRL's SFTTrainer over our ids and labels; it prepares nothing by itself."""
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTTrainer
+
+    try:
+        trainer = SFTTrainer(
+            model=loaded.model,
+            args=_arguments(loaded, out, options, validation is not None),
+            train_dataset=_dataset(rows),
+            eval_dataset=_dataset(validation) if validation is not None else None,
+            processing_class=loaded.tokenizer,
+            peft_config=lora_config(options),
+            callbacks=_callbacks(options, reporter),
+        )
+    except ValueError as e:
+        if "target modules" in str(e).lower() or "layers_to_transform" in str(e):
+            raise UserError(f"--targets {options.targets}: they match nothing in this model's layers ({e}).") from e
+        raise
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def lora_config(options: TuneOptions) -> Any:
+    """The PEFT configuration of a recipe."""
+    from peft import LoraConfig
+
+    try:
+        layers = [int(k) for k in options.layers.split(",")] if options.layers else None
+    except ValueError as e:
+        raise UserError(f"--layers {options.layers}: block numbers separated by commas, such as 0,1,2.") from e
+    targets = [t.strip() for t in options.targets.split(",") if t.strip()]
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_dropout=options.dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        layers_to_transform=layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _dataset(rows: Sequence[Encoded]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
+
+
+def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool) -> Any:
+    from trl import SFTConfig
+
+    cpu = loaded.model.device.type == "cpu"
+    saves = options.keep > 0 or options.early_stop > 0
+    return SFTConfig(
+        output_dir=str(out),
+        num_train_epochs=options.epochs,
+        learning_rate=options.rate,
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=cpu,
+        bf16=loaded.model.device.type == "cuda" and loaded.model.dtype.itemsize == 2,
+        gradient_checkpointing=False,
+        max_length=None,  # rows are truncated, and told of, by Encoding
+        packing=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="epoch" if saves else "no",
+        save_total_limit=max(options.keep, 1) if saves else None,
+        eval_strategy="epoch" if validates else "no",
+        load_best_model_at_end=options.early_stop > 0,
+        metric_for_best_model="eval_loss" if options.early_stop else None,
+        logging_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=not cpu,
+    )
+
+
+def _callbacks(options: TuneOptions, reporter: Reporter) -> list[Any]:
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    class Progress(TrainerCallback):
+        """Tells the reporter of each step and each epoch's loss."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """The number of steps is known."""
+            reporter.start("tune", state.max_steps, "steps")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """One optimizer step is done."""
+            reporter.advance(1)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
+            """One epoch is done."""
+            for key, what in (("loss", "training"), ("eval_loss", "validation")):
+                if logs and key in logs:
+                    reporter.note(f"epoch {logs.get('epoch', 0):.0f}: {what} loss {float(logs[key]):.4f}")
+
+    stop = [EarlyStoppingCallback(options.early_stop)] if options.early_stop else []
+    return [Progress(), *stop]
