@@ -43,8 +43,7 @@ LabelColumn = Annotated[str | None, typer.Option(help="Name of the label column.
 
 @app.callback()
 def _top(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    if debug:
-        os.environ["DATABLAME_DEBUG"] = "1"
+    del debug  # taken out of the arguments by main()
 
 
 @app.command()
@@ -273,6 +272,9 @@ def _quiet() -> None:
 
 def main() -> None:
     """Entry point: user errors end with one sentence and exit code 2."""
+    if "--debug" in sys.argv:  # wherever it stands
+        sys.argv.remove("--debug")
+        os.environ["DATABLAME_DEBUG"] = "1"
     try:
         app(prog_name="datablame")
     except UserError as e:

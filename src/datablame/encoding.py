@@ -29,9 +29,9 @@ VERBATIM = (
 """`--template none`: prompt and response as they are, then the end token, as TRL trains string columns."""
 
 PLAIN = (
-    "{% for m in messages %}### {{ m['role'] | capitalize }}\n{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
+    "{% for m in messages %}{{ '### ' + m['role'] | capitalize + '\n' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant\n' }}{% endif %}"
 )
 """`--template plain`: headings, for a model without a chat template."""
 
