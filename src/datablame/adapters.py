@@ -64,9 +64,9 @@ def attach(model: Any, directory: Path) -> Any:
 
     read_config(directory)
     shapes = _file_shapes(directory)
+    if embedding := next((name for name in shapes if "lora_embedding" in name), None):
+        raise UserError(f"--adapter {directory}: embedding adapters ({embedding}) are not supported.")
     for name in shapes:
-        if "lora_embedding" in name:
-            raise UserError(f"--adapter {directory}: embedding adapters ({name}) are not supported.")
         if "lora_A" not in name and "lora_B" not in name:
             raise UserError(f"--adapter {directory}: it trains {name}, which is not a LoRA A or B.")
     try:

@@ -100,7 +100,7 @@ def capture(
     out = {k: torch.zeros(len(rows), d, dtype=dtype) for k, d in widths(model, blocks, layers).items()}
     for numbers in plan_batches([len(r.input_ids) for r in rows], batch_tokens):
         start = time.perf_counter()
-        batch = _Batch([rows[i] for i in numbers], model.get_input_embeddings().weight.device)
+        batch = Batch([rows[i] for i in numbers], model.get_input_embeddings().weight.device)
         for name, value in _capture_batch(model, batch, blocks, layers).items():
             if not torch.isfinite(value).all():
                 bad = numbers[int((~torch.isfinite(value)).any(dim=1).nonzero()[0])]
@@ -114,7 +114,7 @@ def capture(
 # ---------------------------------------------------------------- one batch
 
 
-class _Batch:
+class Batch:
     """Right-padded ids `[B, T]` and the positions whose next token is labelled."""
 
     ids: Int[Tensor, "B T"]
@@ -140,10 +140,10 @@ class _Batch:
         return token.new_zeros(len(self.rows)).index_add(0, self.owner.to(token.device), token)
 
 
-def _capture_batch(model: Any, batch: _Batch, blocks: Blocks, layers: Sequence[int]) -> dict[str, Tensor]:
+def _capture_batch(model: Any, batch: Batch, blocks: Blocks, layers: Sequence[int]) -> dict[str, Tensor]:
     select = not uses_head(model, blocks)
     gradients = _Gradients(blocks)
-    with gradients.hooked(), _labelled_only(model, batch.predicts, select), torch.set_grad_enabled(bool(blocks)):
+    with gradients.hooked(), labelled_only(model, batch.predicts, select), torch.set_grad_enabled(bool(blocks)):
         output = model(input_ids=batch.ids, use_cache=False, output_hidden_states=bool(layers))
         logits = output.logits[0] if select else output.logits[batch.predicts]
         losses = batch.losses(logits)
@@ -156,7 +156,7 @@ def _capture_batch(model: Any, batch: _Batch, blocks: Blocks, layers: Sequence[i
 
 
 @contextmanager
-def _labelled_only(model: Any, predicts: Tensor, select: bool) -> Iterator[None]:
+def labelled_only(model: Any, predicts: Tensor, select: bool) -> Iterator[None]:
     """The output head sees the positions that predict a labelled token, as one row `[1, N, d]`.
 
     Vocabulary × all positions would be the largest cost of a small model.

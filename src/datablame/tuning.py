@@ -70,7 +70,8 @@ def tune(
     trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter)
     trainer.train()
     reporter.end()
-    trainer.model.peft_config["default"].base_model_name_or_path = model  # the user's name, not a cache path
+    adapted: Any = trainer.model
+    adapted.peft_config["default"].base_model_name_or_path = model  # the user's name, not a cache path
     trainer.save_model(str(out))
     loaded.tokenizer.save_pretrained(out)
     record = {

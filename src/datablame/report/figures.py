@@ -78,7 +78,7 @@ def normalised(scores: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
 
 def plotly_text(text: object, width: int = 60) -> str:
     """One short line in which plotly finds no tag, entity or placeholder of its own."""
-    line = " ".join(str(text).split())
+    line = " ".join(str(text).encode("utf-8", errors="replace").decode().split())
     line = line if len(line) <= width else line[: width - 1] + "…"
     return html.escape(line, quote=False).replace("%{", "% {").replace("$", "&#36;")
 
@@ -127,7 +127,7 @@ def _names(examples: Sequence[Example], positions: list[int], with_row: bool) ->
     names = []
     for p in positions:
         e = examples[p]
-        parts = [plotly_text(e.id, 40 if with_row else 18)]
+        parts = [plotly_text(e.id, 40 if with_row else 24)]
         parts += [f"row {e.row}"] if with_row else []
         parts += [plotly_text(e.label, 24)] if with_row and e.label is not None else []
         names.append(" · ".join(parts))
@@ -161,8 +161,8 @@ def _lay_out(figure: go.Figure, m: int, columns: list[tuple[str, int, int]], lin
     y |= {"automargin": True, "fixedrange": True, "showticklabels": m <= 60, "dtick": 1}
     figure.update_layout(
         template="none",
-        height=round(m * cell + 110),
-        margin={"l": 8, "r": 8, "t": 8, "b": 40},
+        height=round(m * cell + 70),
+        margin={"l": 8, "r": 8, "t": 8, "b": 32},
         xaxis=x,
         yaxis=y,
         shapes=[*map(_across("x"), columns[1:]), *map(_across("y"), lines[1:])],

@@ -1,0 +1,200 @@
+"""The command line: light, whole, and clear about what went wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROWS, save_adapter, write_jsonl
+from datablame import cli
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "pandas", "pyarrow", "scipy", "plotly", "jinja2", "bm25s")
+
+
+@pytest.mark.parametrize("code", ["import datablame", "import datablame.cli"])
+def test_nothing_heavy_is_imported(code: str) -> None:
+    listing = f"{code}; import sys; print(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, datablame.cli as c; sys.argv = ['datablame', '--help']\n"
+        "try: c.main()\n"
+        "except SystemExit as e: assert not e.code\n"
+        f"assert not [m for m in {HEAVY!r} if m in sys.modules]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in ("tune", "index", "trace", "methods", "models", "demo"):
+        assert f"\n  {command} " in done.stdout
+
+
+class Run:
+    """Calls the command line in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["datablame", *map(str, arguments)])
+        self.capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as e:
+            code = int(e.code or 0)
+        captured = self.capsys.readouterr()
+        return code, captured.out, captured.err
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.delenv("DATABLAME_DEBUG", raising=False)
+    return Run(capsys, monkeypatch)
+
+
+def test_tune_index_trace(run: Run, model_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    adapter, index, out = tmp_path / "adapter", tmp_path / "index", tmp_path / "out"
+    code, stdout, stderr = run(
+        "tune", "--model", model_dir, "--train", train_file, "--out", adapter,
+        "--epochs", 8, "--batch", 2, "--rate", 0.02, "--rank", 4, "--validation", train_file,
+        "--early-stop", 30, "--keep", 2,
+        "--layers", "0,2", "--dropout", 0.1, "--system", "Be brief.",
+    )  # fmt: skip
+    assert code == 0, stderr
+    record = json.loads((adapter / "datablame.json").read_text())
+    losses = [h["loss"] for h in record["history"] if "loss" in h]
+    assert losses[-1] < 0.7 * losses[0]
+    assert "training loss" in stdout
+    assert len(list(adapter.glob("checkpoint-*"))) == 2
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["layers_to_transform"]) == (str(model_dir), [0, 2])
+
+    code, stdout, stderr = run(
+        "index", "--model", model_dir, "--adapter", adapter, "--train", train_file, "--out", index
+    )
+    assert code == 0, stderr
+    assert "7 rows, gradients of 8 blocks" in stdout
+    assert "forecast 7 rows · " in stderr
+    assert "on disk" in stderr
+    settings = json.loads((index / "manifest.json").read_text())["settings"]
+    assert settings["encoding"]["system"] == "Be brief."  # as it was trained, without being told again
+
+    code, stdout, stderr = run(
+        "trace", index, "--prompt", ROWS[1][0], "--method", "gradcos,repsim:text=prompt", "--top", 3, "--out", out
+    )
+    assert code == 0, stderr
+    assert "repsim:text=prompt" in stdout
+    assert {p.name for p in out.iterdir()} == {"scores.parquet", "top.jsonl", "report.html"}
+    report = (out / "report.html").read_text()
+    assert "--method gradcos,repsim:text=prompt" in report  # the command to make it again
+
+
+def test_preview_marks_the_labelled_tokens(run: Run, model_dir: Path, train_file: Path) -> None:
+    code, stdout, _ = run("index", "--model", model_dir, "--train", train_file, "--preview", 3)
+    assert code == 0
+    assert stdout.count("⟦") == 4 * 1 + 2  # three rows, each header shows the mark once
+    assert "⟦Snow is white.<|im_end|>" in stdout
+
+
+def test_methods_and_models(run: Run) -> None:
+    code, stdout, _ = run("methods")
+    assert code == 0
+    names = {line.split()[0] for line in stdout.splitlines()}
+    assert names >= {"random", "bm25", "verbatim", "length", "gradnorm", "repsim", "repsim-base", "graddot", "gradcos"}
+    code, stdout, _ = run("models")
+    assert code == 0
+    assert stdout.startswith("smollm2-135m")
+
+
+def broken_adapter(model_dir: Path, path: Path, **change: object) -> Path:
+    save_adapter(model_dir, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | change))
+    return path
+
+
+def test_every_error_is_one_sentence_and_exit_code_2(run: Run, built: Path, model_dir: Path, tmp_path: Path) -> None:
+    train = built.parent / "train.jsonl"
+    bad_line = tmp_path / "bad.jsonl"
+    bad_line.write_text(train.read_text() + "{oops\n")
+    empty_response = write_jsonl(tmp_path / "empty.jsonl", [{"id": "x1", "prompt": "a", "response": ""}])
+    twice = write_jsonl(tmp_path / "twice.jsonl", [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}])
+    other_shape = save_adapter(model_dir, tmp_path / "r3", r=3)
+    (other_shape / "adapter_config.json").write_text(
+        (other_shape / "adapter_config.json").read_text().replace('"r": 3', '"r": 2')
+    )
+    dora = broken_adapter(model_dir, tmp_path / "dora", use_dora=True)
+    saved = broken_adapter(model_dir, tmp_path / "saved", modules_to_save=["lm_head"])
+    embedding = save_adapter(model_dir, tmp_path / "emb", target_modules=["embed_tokens", "q_proj"])
+    no_module = broken_adapter(model_dir, tmp_path / "nomod", target_modules=["c_attn"])
+    index = ["index", "--model", model_dir, "--out", tmp_path / "new"]
+    cases: list[tuple[list[object], str]] = [
+        ([*index, "--train", tmp_path / "none.jsonl"], "no such file"),
+        ([*index, "--train", bad_line], "bad.jsonl, line 8: not valid JSON"),
+        ([*index, "--train", train, "--prompt-column", "question"], "no column 'question'"),
+        ([*index, "--train", empty_response], "(id 'x1'): the response is empty"),
+        ([*index, "--train", twice], "twice.jsonl, line 2: the id 1 was already used"),
+        ([*index, "--train", train, "--adapter", tmp_path / "nowhere"], "no such directory"),
+        ([*index, "--train", train, "--adapter", other_shape], "does not fit the base model"),
+        ([*index, "--train", train, "--adapter", no_module], "does not fit the base model"),
+        ([*index, "--train", train, "--adapter", dora], "DoRA"),
+        ([*index, "--train", train, "--adapter", saved], "modules_to_save"),
+        ([*index, "--train", train, "--adapter", embedding], "embedding adapters"),
+        ([*index, "--train", train, "--template", "nonsense"], "--template 'nonsense'"),
+        ([*index, "--train", train, "--layers", "9"], "numbers from 0 to 3"),
+        ([*index, "--train", train, "--blocks", "*.c_attn"], "matches none of"),
+        ([*index, "--train", train, "--dtype", "float7"], "--dtype 'float7'"),
+        (["index", "--model", tmp_path / "no-model", "--train", train, "--out", tmp_path / "new"], "no such model"),
+        (["index", "--model", tmp_path / "no.gguf", "--train", train, "--out", tmp_path / "new"], "no such GGUF"),
+        (["index", "--model", model_dir, "--train", train], "--out is missing"),
+        (["trace", tmp_path, "--prompt", "a", "--out", tmp_path / "o"], "not an index"),
+        (["trace", built, "--prompt", "a", "--method", "gradco", "--out", tmp_path / "o"], "Did you mean 'gradcos'"),
+        (["trace", built, "--prompt", "a", "--response", "", "--out", tmp_path / "o"], "the response is empty"),
+        (["trace", built, "--query", empty_response, "--out", tmp_path / "o"], "the response is empty"),
+        (["trace", built, "--out", tmp_path / "o"], "give either"),
+        (["tune", "--model", model_dir, "--train", train, "--out", dora], "there is an adapter already"),
+        (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--targets", "c_attn"], "--targets"),
+        (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--early-stop", 1], "--validation"),
+    ]
+    for arguments, message in cases:
+        code, _, stderr = run(*arguments)
+        assert code == 2, (arguments, stderr)
+        errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, (arguments, stderr)
+        assert message in errors[0], (arguments, stderr)
+        assert "Traceback" not in stderr
+    assert not (tmp_path / "new").exists()  # nothing was begun
+
+
+def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="not an index"):
+        run("trace", tmp_path, "--prompt", "a", "--out", tmp_path / "o", "--debug")
+
+
+def test_a_too_large_row_is_refused_by_forecast(
+    run: Run, model_dir: Path, train_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import collections
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10, 9, 1000))
+    code, _, stderr = run("index", "--model", model_dir, "--train", train_file, "--out", tmp_path / "i")
+    assert code == 2
+    assert "only 0.00 GB are free" in stderr
+    assert not (tmp_path / "i").exists()
+
+
+def test_bad_input_leaves_a_finished_index_usable(run: Run, built: Path, model_dir: Path, tmp_path: Path) -> None:
+    before = {p.name: p.read_bytes() for p in built.iterdir()}
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a", "response": "b"}])
+    code, _, stderr = run("index", "--model", model_dir, "--train", other, "--out", built)
+    assert code == 2
+    assert "made with other settings" in stderr
+    assert {p.name: p.read_bytes() for p in built.iterdir()} == before

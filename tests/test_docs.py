@@ -1,0 +1,86 @@
+"""Every code block of README, CONTRIBUTING and docs runs, on a tiny model; results in them come from JSON."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from conftest import ROWS, write_jsonl
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [code for language, code in BLOCK.findall(page.read_text(encoding="utf-8")) if language in languages]
+
+
+@pytest.fixture
+def workplace(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> Path:
+    """What the pages assume that a user has: a model, an adapter, a training file, queries."""
+    (tmp_path / "my-model").symlink_to(model_dir)
+    (tmp_path / "my-adapter").symlink_to(adapter_dir)
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": p, "response": r} for p, r in ROWS])
+    write_jsonl(tmp_path / "queries.jsonl", [{"prompt": p, "response": r} for p, r in ROWS[:2]])
+    for name in ("Makefile", "benchmarks", "src", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_blocks_run(page: Path, workplace: Path) -> None:
+    """Shell and Python blocks of a page run in order in one folder; `make` and benchmarks run dry."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "bash":
+            code = re.sub(r"^make ", "make -n ", code, flags=re.M)
+            code = re.sub(r"^(python benchmarks/\S+).*(?:\\\n.*)*", r"\1 --help", code, flags=re.M)
+            code = re.sub(r"^(git clone|pip install|datablame demo).*", "true", code, flags=re.M)
+            command = ["bash", "-euo", "pipefail", "-c", code]
+        elif language == "python":
+            command = [sys.executable, "-c", code]
+        else:
+            assert language in ("text", "toml", "json"), f"{page.name}: nobody runs {language} blocks"
+            continue
+        done = subprocess.run(command, cwd=workplace, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+        assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_readme_has_blocks_that_matter() -> None:
+    text = "\n".join(blocks(ROOT / "README.md", "bash", "python"))
+    for needed in ("make demo", "make test", "datablame index", "datablame trace", "import datablame"):
+        assert needed in text
+
+
+def test_results_in_pages_are_those_of_the_json() -> None:
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], check=True)
+
+
+def test_an_installed_method_appears_in_the_command_line(tmp_path: Path, built: Path) -> None:
+    """The method of CONTRIBUTING, installed as a package of somebody else's."""
+    (method,) = (b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if "SignDot" in b)
+    (toml,) = blocks(ROOT / "CONTRIBUTING.md", "toml")
+    (tmp_path / "my_package.py").write_text(method)
+    points = tomllib.loads(toml)["project"]["entry-points"]["datablame.methods"]
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    lines = "".join(f"{k} = {v}\n" for k, v in points.items())
+    (info / "entry_points.txt").write_text(f"[datablame.methods]\n{lines}")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    datablame = [sys.executable, "-m", "datablame.cli"]
+    listing = subprocess.run([*datablame, "methods"], env=env, capture_output=True, text=True, check=True).stdout
+    assert "signdot      Dot product of the signs" in listing
+    out = tmp_path / "out"
+    trace = ["trace", built, "--prompt", "Hi", "--response", "Ho", "--method", "signdot:scale=2", "--out", out]
+    subprocess.run([*datablame, *map(str, trace)], env=env, capture_output=True, check=True)
+    import pandas as pd
+
+    assert set(pd.read_parquet(out / "scores.parquet")["method"]) == {"signdot:scale=2"}
