@@ -17,12 +17,14 @@ from datablame.examples import Example, from_prompt
 from datablame.models import ModelSpec, load
 from oracles import gradients_alone, hidden_alone, loss_alone, relative_error
 
+BATCHES = (1, 130, 10_000)
+"""Token budgets that make batches of 1, 3 and 8 rows."""
 LIMITS = {"float64": 1e-10, "float32": 1e-5}
 
 
 def encode(tokenizer: Any, **options: Any) -> list[Encoded]:
     encoding = Encoding(tokenizer, EncodingOptions(**options), 128)
-    rows = [encoding.encode(from_prompt(p, r)) for p, r in ROWS]
+    rows = [encoding.encode(from_prompt(p, r)) for p, r in [*ROWS, ("Last?", "Yes.")]]
     assert len({len(r.input_ids) for r in rows}) > 3  # different lengths, else the test shows nothing
     return rows
 
@@ -32,7 +34,7 @@ def weights(model: Any, blocks: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])  # one row, about three rows, all rows
+@pytest.mark.parametrize("batch_tokens", BATCHES)
 @pytest.mark.parametrize("pattern", [None, "*.down_proj,*.layers.0.self_attn.k_proj,layers.0.self_attn.k_proj"])
 def test_gradients_equal_autograd(
     model_dir: Path, adapter_dir: Path, tokenizer: Any, dtype: str, batch_tokens: int, pattern: str | None
@@ -49,14 +51,20 @@ def test_gradients_equal_autograd(
     assert got["length"][:, 0].tolist() == [len(r.targets) for r in rows]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150, 10_000])
-def test_hidden_states_equal_one_row_at_a_time(model_dir: Path, tokenizer: Any, batch_tokens: int) -> None:
-    model = load(ModelSpec(str(model_dir), None, "cpu", "float64")).model
+def test_the_budgets_mean_one_three_and_eight_rows(tokenizer: Any) -> None:
+    lengths = [len(r.input_ids) for r in encode(tokenizer)]
+    assert [max(map(len, plan_batches(lengths, b))) for b in BATCHES] == [1, 3, 8]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("batch_tokens", BATCHES)
+def test_hidden_states_equal_one_row_at_a_time(model_dir: Path, tokenizer: Any, batch_tokens: int, dtype: str) -> None:
+    model = load(ModelSpec(str(model_dir), None, "cpu", dtype)).model
     rows = encode(tokenizer)
     got = capture(model, rows, {}, [0, 1, 3], batch_tokens=batch_tokens)
     for layer in (0, 1, 3):
         for kind in HIDDEN_KINDS:
-            assert relative_error(got[f"hidden/{layer}.{kind}"], hidden_alone(model, rows, layer, kind)) < 1e-10
+            assert relative_error(got[f"hidden/{layer}.{kind}"], hidden_alone(model, rows, layer, kind)) < LIMITS[dtype]
 
 
 @pytest.mark.parametrize("loss_on", ["response", "all"])
@@ -82,9 +90,11 @@ def test_a_block_in_the_output_head(tokenizer: Any) -> None:
         assert relative_error(got[f"gradients/{name}"], g) < 1e-10
 
 
-def test_tied_head_is_refused(model_dir: Path) -> None:
-    with pytest.raises(UserError, match="shares its weight"):
-        select_blocks(load(ModelSpec(str(model_dir), None, "cpu")).model, "lm_head")
+def test_a_tied_head_is_no_block(model_dir: Path) -> None:
+    model = load(ModelSpec(str(model_dir), None, "cpu")).model
+    with pytest.raises(UserError, match="'lm_head' matches none of the 21 linear layers"):
+        select_blocks(model, "lm_head")
+    assert "lm_head" not in select_blocks(model, "*")
 
 
 @pytest.mark.parametrize(
@@ -102,6 +112,26 @@ def test_every_plain_lora(model_dir: Path, tokenizer: Any, tmp_path: Path, confi
     blocks, rows = select_blocks(loaded.model), encode(tokenizer)
     got = capture(loaded.model, rows, blocks, [3], batch_tokens=150)
     for name, g in gradients_alone(loaded.model, rows, weights(loaded.model, blocks)).items():
+        assert relative_error(got[f"gradients/{name}"], g) < 1e-10
+
+
+@pytest.mark.parametrize("batch_tokens", BATCHES)
+def test_another_architecture(tokenizer: Any, batch_tokens: int) -> None:
+    """GPT-2: learnt positions, fused attention weights that are no linear layer, LoRA on them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2)
+    lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = get_peft_model(GPT2LMHeadModel(config), lora).double().eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    blocks, rows = select_blocks(model), encode(tokenizer, template="plain")
+    assert next(iter(blocks)) == "h.0.attn.c_attn.lora_A"
+    got = capture(model, rows, blocks, [2], batch_tokens=batch_tokens)
+    for name, g in gradients_alone(model, rows, weights(model, blocks)).items():
         assert relative_error(got[f"gradients/{name}"], g) < 1e-10
 
 

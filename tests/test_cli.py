@@ -70,7 +70,7 @@ def test_tune_index_trace(run: Run, model_dir: Path, train_file: Path, tmp_path:
     assert code == 0, stderr
     record = json.loads((adapter / "datablame.json").read_text())
     losses = [h["loss"] for h in record["history"] if "loss" in h]
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     assert "training loss" in stdout
     assert len(list(adapter.glob("checkpoint-*"))) == 2
     config = json.loads((adapter / "adapter_config.json").read_text())

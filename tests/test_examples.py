@@ -112,6 +112,14 @@ def test_other_bad_files(tmp_path: Path) -> None:
         load_examples(write_jsonl(tmp_path / "f.txt", [{"text": "a"}]))
     with pytest.raises(UserError, match="could not be loaded as a hub data set"):
         load_examples("nobody/nothing-of-this-name")
+    import datasets
+
+    parts = {name: datasets.Dataset.from_list([{"text": text}]) for name, text in (("train", "a"), ("test", "b"))}
+    splits = datasets.DatasetDict(parts)
+    splits.save_to_disk(tmp_path / "splits")
+    assert load_examples(tmp_path / "splits", Columns(split="test"))[0].text == "b"
+    with pytest.raises(UserError, match="no split 'tset'.*'test'"):
+        load_examples(tmp_path / "splits", Columns(split="tset"))
     folder = tmp_path / "plain-folder"
     folder.mkdir()
     with pytest.raises(UserError, match="not a `datasets` directory"):

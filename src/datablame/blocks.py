@@ -18,7 +18,8 @@ def select_blocks(model: nn.Module, pattern: str | None = None) -> Blocks:
     `pattern` is a shell pattern over block names (`*.q_proj`, `layers.1[0-9].*`); several are separated by
     commas. With an adapter it narrows the choice; without a pattern all of the adapter is taken.
     Returns `{name: layer}`, in the model's order; empty without adapter and pattern.
-    Raises UserError when the pattern matches nothing, or a weight tied to the embeddings.
+    An output head that shares its weight with the embeddings is never a block.
+    Raises UserError when the pattern matches nothing.
     """
     lora = {
         short_name(name): module
@@ -27,17 +28,18 @@ def select_blocks(model: nn.Module, pattern: str | None = None) -> Blocks:
     }
     if pattern is None:
         return lora
-    linear = lora or {short_name(n): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    linear = lora or {
+        short_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight is not embedding
+    }
     parts = [p.strip() for p in pattern.split(",") if p.strip()]
     chosen = {n: m for n, m in linear.items() if any(fnmatch.fnmatchcase(n, p) for p in parts)}
     if not chosen:
         raise UserError(
             f"--blocks {pattern!r} matches none of the {len(linear)} linear layers.{nearest(pattern, linear)}"
         )
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    for name, module in chosen.items():
-        if module.weight is embedding:
-            raise UserError(f"--blocks {pattern!r}: {name} shares its weight with the embeddings; leave it out.")
     return chosen
 
 

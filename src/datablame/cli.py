@@ -39,6 +39,7 @@ TextColumn = Annotated[str | None, typer.Option(help="Name of a column of plain 
 MessagesColumn = Annotated[str | None, typer.Option(help="Name of a column of chat messages.")]
 IdColumn = Annotated[str | None, typer.Option(help="Name of the id column.")]
 LabelColumn = Annotated[str | None, typer.Option(help="Name of the label column.")]
+Split = Annotated[str, typer.Option(help="Split of a datasets directory or hub id.")]
 
 
 @app.callback()
@@ -73,6 +74,7 @@ def tune(
     response_column: ResponseColumn = None,
     text_column: TextColumn = None,
     messages_column: MessagesColumn = None,
+    split: Split = "train",
 ) -> None:
     """Fine-tune a LoRA adapter (TRL), on the ids and labels that attribution will use."""
     from datablame.console import ConsoleReporter
@@ -90,7 +92,7 @@ def tune(
         validation=validation,
         options=options,
         encoding=_encoding(template, system, loss_on, max_length) or EncodingOptions(),
-        columns=Columns(prompt_column, response_column, text_column, messages_column),
+        columns=Columns(prompt_column, response_column, text_column, messages_column, split=split),
         device=device,
         dtype=dtype,
         reporter=ConsoleReporter(),
@@ -121,6 +123,7 @@ def index(
     messages_column: MessagesColumn = None,
     id_column: IdColumn = None,
     label_column: LabelColumn = None,
+    split: Split = "train",
 ) -> None:
     """Compute the features of every training row, once. Run it again to go on after an interruption."""
     from datablame.console import ConsoleReporter
@@ -128,7 +131,7 @@ def index(
     from datablame.indexing import CaptureOptions
     from datablame.indexing import index as run
 
-    columns = Columns(prompt_column, response_column, text_column, messages_column, id_column, label_column)
+    columns = Columns(prompt_column, response_column, text_column, messages_column, id_column, label_column, split)
     encoding = _encoding(template, system, loss_on, max_length)
     _quiet()
     if preview:
@@ -171,6 +174,7 @@ def trace(
     messages_column: MessagesColumn = None,
     id_column: IdColumn = None,
     label_column: LabelColumn = None,
+    split: Split = "train",
 ) -> None:
     """Rank the training rows behind an output; writes scores.parquet, top.jsonl and report.html."""
     from dataclasses import replace
@@ -190,7 +194,7 @@ def trace(
         model=model,
         adapter=adapter,
         device=device,
-        columns=Columns(prompt_column, response_column, text_column, messages_column, id_column, label_column),
+        columns=Columns(prompt_column, response_column, text_column, messages_column, id_column, label_column, split),
         max_new_tokens=max_new_tokens,
         reporter=ConsoleReporter(),
     )

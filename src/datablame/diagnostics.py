@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     Matrix = Float[np.ndarray, "m n"]
 
+CONTROLS = ("random", "bm25", "verbatim", "length", "gradnorm", "repsim-base")
+"""Methods that know nothing of the fine-tuning: compared with, not judged."""
+
 Level = Literal["good", "note", "warning"]
 
 EXPLAINED = {
@@ -89,7 +92,7 @@ def diagnose(scores: Scores) -> list[Finding]:
     findings = [Finding("warning" if "same answer" in note else "note", note) for note in scores.notes]
     findings += _gradients(scores)
     for method in scores.methods:
-        if base_name(method) not in ("random", "length", "gradnorm"):
+        if base_name(method) not in CONTROLS:
             findings += _one_method(scores, method)
     return findings + _agreement(scores)
 
@@ -146,7 +149,7 @@ def _explained(method: str, v: Matrix, control: str, c: Matrix, words: str) -> l
 
 
 def _agreement(scores: Scores) -> list[Finding]:
-    names = [m for m in scores.methods if base_name(m) not in ("random", "length", "gradnorm")]
+    names = [m for m in scores.methods if base_name(m) not in CONTROLS]
     findings = []
     for i, a in enumerate(names):
         for b in names[i + 1 :]:

@@ -70,7 +70,7 @@ def from_prompt(prompt: str, response: str | None = None, id: Id = "prompt") -> 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names that override recognition; None means recognise."""
+    """Names that override recognition (None means recognise), and the split of a `datasets` source."""
 
     prompt: str | None = None
     response: str | None = None
@@ -78,15 +78,16 @@ class Columns:
     messages: str | None = None
     id: str | None = None
     label: str | None = None
+    split: str = "train"
 
 
-def load_examples(source: str | Path, columns: Columns | None = None, split: str = "train") -> list[Example]:
+def load_examples(source: str | Path, columns: Columns | None = None) -> list[Example]:
     """Read `source` (file, `datasets` directory or hub id) into examples, in file order.
 
     Raises UserError naming file and row for anything malformed, empty or ambiguous (duplicate ids).
     """
     columns = columns or Columns()
-    records = list(_records(str(source), split))
+    records = list(_records(str(source), columns.split))
     if not records:
         raise UserError(f"{source}: no rows. Give a file with at least one training example.")
     reader = _Reader(str(source), columns, list(records[0][1]))
@@ -236,8 +237,8 @@ class _Reader:
 
     def __init__(self, source: str, columns: Columns, present: list[str]) -> None:
         self.columns = columns
-        for name in vars(columns).values():
-            if name is not None and name not in present:
+        for field, name in vars(columns).items():
+            if field != "split" and name is not None and name not in present:
                 raise UserError(f"{source}: no column {name!r}.{nearest(name, present)}")
         self.shape = self._shape(source, present)
         self.id = columns.id or ("id" if "id" in present else None)

@@ -136,6 +136,7 @@ def _begin(
         left = rows
     tokens = sum(len(r.input_ids) for r in left)
     forecast = Forecast(len(left), tokens, len(left) * engine.row_bytes, engine.memory_bytes(left))
+    check_row(engine)
     check_disk(out, forecast.disk_bytes)
     check_memory(forecast.memory_bytes, engine)
     if left:
@@ -220,6 +221,18 @@ class Engine:
         logits = 3 * 4 * int(tokens * labelled) * config.vocab_size
         shard = 2 * min(len(rows), shard_rows(self.row_bytes)) * self.row_bytes
         return int(weights + activations + logits + shard + 0.5e9)
+
+
+ROW_LIMIT = 256e6
+"""Bytes of one row's features beyond which an index is refused, whatever the disk."""
+
+
+def check_row(engine: Engine) -> None:
+    """Raise UserError when one row alone is too large to keep."""
+    if engine.row_bytes > ROW_LIMIT:
+        raise UserError(
+            f"one row would take {_bytes(engine.row_bytes)} (limit {_bytes(ROW_LIMIT)}). Choose fewer --blocks."
+        )
 
 
 def check_memory(needed: int, engine: Engine) -> None:
