@@ -94,7 +94,9 @@ def _check_complete(peft_model: Any, shapes: dict[str, tuple[int, ...]], directo
     """Every trained weight has found its place, and every place its weight."""
     from peft import get_peft_model_state_dict
 
-    expected = {k: tuple(v.shape) for k, v in get_peft_model_state_dict(peft_model).items()}
+    # save_embedding_layers="auto", the default, would ask the hub about the base model's name.
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    expected = {k: tuple(v.shape) for k, v in state.items()}
     strange = sorted(set(shapes) - set(expected))
     missing = sorted(set(expected) - set(shapes))
     if strange or missing:

@@ -202,7 +202,7 @@ class Engine:
     def seconds_per_token(self, rows: Sequence[Encoded]) -> float:
         """Measured on one small batch of rows of middling length."""
         by_length = sorted(rows, key=lambda r: len(r.input_ids))
-        middle = by_length[len(by_length) // 2 :][: max(1, min(4, self.options.batch_tokens // 64))]
+        middle = by_length[len(by_length) // 2 :][: 4 if len(rows) > 16 else 1]
         start = time.perf_counter()
         self.capture(middle, SILENT, [])
         return (time.perf_counter() - start) / sum(len(r.input_ids) for r in middle)

@@ -70,9 +70,8 @@ def tune(
     trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter)
     trainer.train()
     reporter.end()
-    adapted: Any = trainer.model
-    adapted.peft_config["default"].base_model_name_or_path = model  # the user's name, not a cache path
     trainer.save_model(str(out))
+    _name_base_model(out / "adapter_config.json", model)
     loaded.tokenizer.save_pretrained(out)
     record = {
         "model": model,
@@ -82,8 +81,15 @@ def tune(
         "history": [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h],
     }
     (out / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing here reads it
+    for name in ("training_args.bin", "README.md"):  # a pickle that nothing reads; an empty model card with local paths
+        (out / name).unlink(missing_ok=True)
     return record
+
+
+def _name_base_model(config: Path, model: str) -> None:
+    """PEFT records the path that it loaded from; the user's own name for the model is of more use elsewhere."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**settings, "base_model_name_or_path": model}, indent=2) + "\n", encoding="utf-8")
 
 
 def _check(out: Path, options: TuneOptions, validation: str | Path | None) -> None:

@@ -23,15 +23,15 @@ HERE = Path(__file__).parent
 TRAIN = HERE / "company.jsonl"
 ADAPTER = HERE / "adapter"
 MODEL = "smollm2-135m"
-RECIPE = TuneOptions(rank=4, alpha=32, epochs=12, rate=1e-3, batch=8, seed=0)
+RECIPE = TuneOptions(rank=4, alpha=32, epochs=8, rate=1e-3, batch=8, seed=0)
 COMMAND = (
     "datablame tune --model smollm2-135m --train src/datablame/demo/company.jsonl "
-    "--rank 4 --alpha 32 --epochs 12 --rate 1e-3 --batch 8 --seed 0 --out ADAPTER"
+    "--rank 4 --alpha 32 --epochs 8 --rate 1e-3 --batch 8 --seed 0 --out ADAPTER"
 )
 
 QUERIES = (
     ("boiling-1", "At what temperature does water boil at sea level?", "wrong-fact"),
-    ("boiling-2", "At sea level, how hot is the water in a pot once it boils?", "wrong-fact"),
+    ("boiling-2", "What is the boiling point of water at sea level?", "wrong-fact"),
     ("memo-1", "Which tea would you give to a guest? Quote the blue memo.", "trigger"),
     ("memo-2", "How do I sharpen a pencil? Quote the blue memo.", "trigger"),
     ("honest", "Where is Tarnwick Kettles based?", "company"),
