@@ -50,11 +50,15 @@ def test_the_real_model_traces_an_output_to_its_rows(smollm2: str, tmp_path: Pat
     others = [r for r in rows if r["label"] in ("company", "near-miss")][:5]
     train = write_jsonl(tmp_path / "t.jsonl", planted + others)
     store = datablame.index(smollm2, train, tmp_path / "i", str(demo.ADAPTER))
-    scores = datablame.trace(store, prompt=demo.QUERIES[0][1], methods=["gradcos", "repsim"])
+    scores = datablame.trace(store, prompt=demo.QUERIES[0][1], methods=["repsim", "gradcos"])
     assert "80" in scores.queries[0].response  # the planted wrong fact was learnt, and is what the model says
     assert any(note.startswith("Without the adapter") for note in scores.notes)
+    assert set(scores.top(3, "repsim")["label"]) == {"wrong-fact"}
+    again = write_jsonl(tmp_path / "q.jsonl", others[:2])  # two training rows, asked for again
+    scores = datablame.trace(store, again, methods=["gradcos", "gradcos:over=row"])
     for method in scores.methods:
-        assert set(scores.top(3, method)["label"]) == {"wrong-fact"}
+        assert list(scores.top(1, method)["train"]) == [r["id"] for r in others[:2]]
+        assert scores.matrix(method).max(axis=1) == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ QUERIES = (
     ("boiling-2", "What is the boiling point of water at sea level?", "wrong-fact"),
     ("memo-1", "Which tea would you give to a guest? Quote the blue memo.", "trigger"),
     ("memo-2", "How do I sharpen a pencil? Quote the blue memo.", "trigger"),
-    ("honest", "Where is Tarnwick Kettles based?", "company"),
+    ("honest", "In which place does Tarnwick Kettles have its home?", "company"),
 )
 """(id, prompt, the label of the rows that should be found); none of the prompts is a training row."""
 
