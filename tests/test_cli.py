@@ -96,6 +96,48 @@ def test_tune_index_trace(run: Run, model_dir: Path, train_file: Path, tmp_path:
     assert "--method gradcos,repsim:text=prompt" in report  # the command to make it again
 
 
+def test_options_by_hand_come_on_top_of_the_adapters_record(
+    run: Run, model_dir: Path, adapter_dir: Path, train_file: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    adapter = tmp_path / "a"
+    shutil.copytree(adapter_dir, adapter)
+    recorded = {"template": "plain", "system": "S", "loss_on": "all", "max_length": 100}
+    (adapter / "datablame.json").write_text(json.dumps({"encoding": recorded}))
+    made = ("--model", model_dir, "--adapter", adapter, "--train", train_file, "--out", tmp_path / "i")
+    code, _, stderr = run("index", *made, "--max-length", 60)
+    assert code == 0, stderr
+    encoding = json.loads((tmp_path / "i" / "manifest.json").read_text())["settings"]["encoding"]
+    assert {k: encoding[k] for k in recorded} == recorded | {"max_length": 60}
+
+
+def test_columns_by_hand(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"q": p, "a": r, "key": f"k{i}", "kind": "x"} for i, (p, r) in enumerate(ROWS)]
+    DatasetDict({"odd": Dataset.from_list(rows)}).save_to_disk(tmp_path / "d")
+    columns = ("--prompt-column", "q", "--response-column", "a", "--id-column", "key", "--label-column", "kind")
+    made = ("--model", model_dir, "--train", tmp_path / "d", "--split", "odd", "--out", tmp_path / "i")
+    code, _, stderr = run("index", *made, *columns)
+    assert code == 0, stderr
+    from datablame import FeatureStore
+
+    examples = FeatureStore.open(tmp_path / "i").examples
+    assert [(e.id, e.label) for e in examples] == [(f"k{i}", "x") for i in range(len(ROWS))]
+
+
+def test_control_characters_do_not_reach_the_terminal(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    train = write_jsonl(
+        tmp_path / "t.jsonl", [{"prompt": "a", "response": "\x1b[2Jgone"}, {"prompt": "b", "response": "c"}]
+    )
+    assert run("index", "--model", model_dir, "--train", train, "--out", tmp_path / "i")[0] == 0
+    code, stdout, _ = run("trace", tmp_path / "i", "--query", train, "--out", tmp_path / "o")
+    assert code == 0
+    assert "\x1b[2J" not in stdout
+    assert "�[2Jgone" in stdout
+
+
 def test_preview_marks_the_labelled_tokens(run: Run, model_dir: Path, train_file: Path) -> None:
     code, stdout, _ = run("index", "--model", model_dir, "--train", train_file, "--preview", 3)
     assert code == 0
@@ -120,6 +162,18 @@ def broken_adapter(model_dir: Path, path: Path, **change: object) -> Path:
     return path
 
 
+def without_a_weight(model_dir: Path, path: Path) -> Path:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model_dir, path)
+    weights = load_file(path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
 def test_every_error_is_one_sentence_and_exit_code_2(run: Run, built: Path, model_dir: Path, tmp_path: Path) -> None:
     train = built.parent / "train.jsonl"
     bad_line = tmp_path / "bad.jsonl"
@@ -130,6 +184,13 @@ def test_every_error_is_one_sentence_and_exit_code_2(run: Run, built: Path, mode
     (other_shape / "adapter_config.json").write_text(
         (other_shape / "adapter_config.json").read_text().replace('"r": 3', '"r": 2')
     )
+    broken_template, torn = tmp_path / "b.jinja", save_adapter(model_dir, tmp_path / "torn")
+    broken_template.write_text("{% for m in messages %}")
+    weights = (torn / "adapter_model.safetensors").read_bytes()
+    (torn / "adapter_model.safetensors").write_bytes(weights[:-40])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    unanswered = write_jsonl(tmp_path / "unanswered.jsonl", [{"messages": turns}])
+    holey = without_a_weight(model_dir, tmp_path / "holey")
     dora = broken_adapter(model_dir, tmp_path / "dora", use_dora=True)
     saved = broken_adapter(model_dir, tmp_path / "saved", modules_to_save=["lm_head"])
     embedding = save_adapter(model_dir, tmp_path / "emb", target_modules=["embed_tokens", "q_proj"])
@@ -148,6 +209,18 @@ def test_every_error_is_one_sentence_and_exit_code_2(run: Run, built: Path, mode
         ([*index, "--train", train, "--adapter", saved], "modules_to_save"),
         ([*index, "--train", train, "--adapter", embedding], "embedding adapters"),
         ([*index, "--train", train, "--template", "nonsense"], "--template 'nonsense'"),
+        ([*index, "--train", train, "--template", broken_template], "not valid Jinja"),
+        ([*index, "--train", train, "--adapter", torn], "not a readable safetensors file"),
+        ([*index, "--train", train, "--adapter", ""], "no adapter_config.json"),
+        (["index", "--model", holey, "--train", train, "--out", tmp_path / "new"], "1 of its weights are missing"),
+        (["index", "--model", model_dir, "--train", train, "--out", train], "is a file; name a directory"),
+        (["trace", train, "--prompt", "a", "--out", tmp_path / "o"], "not an index"),
+        (["trace", built, "--prompt", "a", "--out", built], "that is an index"),
+        (["trace", built, "--prompt", "a", "--out", train], "not a directory that can be made"),
+        (["trace", built, "--query", unanswered, "--out", tmp_path / "o"], "ends without an answer"),
+        (["trace", built, "--prompt", "a", "--method", "repsim:layer=", "--out", tmp_path / "o"], "has no value"),
+        (["trace", built, "--prompt", "a", "--method", ",", "--out", tmp_path / "o"], "no method named"),
+        (["trace", built, "--prompt", "a", "--method", "random:seed=x", "--out", tmp_path / "o"], "seed='x'"),
         ([*index, "--train", train, "--layers", "9"], "numbers from 0 to 3"),
         ([*index, "--train", train, "--blocks", "*.c_attn"], "matches none of"),
         ([*index, "--train", train, "--dtype", "float7"], "--dtype 'float7'"),
@@ -162,6 +235,8 @@ def test_every_error_is_one_sentence_and_exit_code_2(run: Run, built: Path, mode
         (["tune", "--model", model_dir, "--train", train, "--out", dora], "there is an adapter already"),
         (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--targets", "c_attn"], "--targets"),
         (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--early-stop", 1], "--validation"),
+        (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--layers", 7], "blocks 0 to 2"),
+        (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t2", "--rate", 1e30], "diverged"),
     ]
     for arguments, message in cases:
         code, _, stderr = run(*arguments)
@@ -187,7 +262,7 @@ def test_a_too_large_row_is_refused_by_forecast(
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10, 9, 1000))
     code, _, stderr = run("index", "--model", model_dir, "--train", train_file, "--out", tmp_path / "i")
     assert code == 2
-    assert "only 0.00 GB are free" in stderr
+    assert "MB and only 0.0 MB are free" in stderr
     assert not (tmp_path / "i").exists()
 
 

@@ -91,7 +91,8 @@ def test_findings_warn_where_they_must() -> None:
 
 
 def test_gradients_notes_and_equal_scores() -> None:
-    norms = np.ones(20)
+    norms = np.zeros(20)
+    norms[8:] = 1.0
     norms[7] = 1e-9
     scores = make(
         {"repsim": np.ones((2, 20))},
@@ -99,13 +100,18 @@ def test_gradients_notes_and_equal_scores() -> None:
         notes=["The base model without the adapter gives the same answer: then no training row made it."],
     )
     warned = sentences(scores, "warning")
-    assert "1 of 20 training rows have a near-zero gradient" in warned
-    assert "t7" in warned
+    assert "8 of 20 training rows have a near-zero gradient" in warned
+    assert "t0, t1" in warned
     assert "ranks nothing" in sentences(scores, "warning", "repsim")
     assert verdict(diagnose(scores), 1).startswith("No:")
     assert "All training gradients are zero" in sentences(
         make({"a": np.ones((1, 3))}, gradient_norms=np.zeros(3)), "warning"
     )
+
+
+def test_the_models_own_words_do_not_decide() -> None:
+    quoted = make({"a": np.eye(3)}, notes=["Without the adapter the base model answers: “gives the same answer”"])
+    assert not verdict(diagnose(quoted), 1).startswith("No:")
 
 
 def test_verdict_counts_warnings() -> None:

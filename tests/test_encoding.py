@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ROWS, make_tokenizer
+from conftest import ROWS, make_tokenizer, write_jsonl
 from datablame.encoding import IGNORED, Encoding, EncodingOptions, encode_rows, read_template, truncation_note
 from datablame.errors import UserError
-from datablame.examples import Example, from_prompt
+from datablame.examples import Example, from_prompt, load_examples
 from oracles import loss_alone
 
 
@@ -21,7 +21,9 @@ def trl_rows(model_dir: Path, tokenizer: Any, rows: list[dict[str, Any]], **conf
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    args = SFTConfig(output_dir="unused", use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, **config)
+    args = SFTConfig(
+        output_dir=str(model_dir.parent / "trl"), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, **config
+    )
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     return trainer, trainer.train_dataset
@@ -50,6 +52,60 @@ def test_chat_rows_equal_trl(model_dir: Path, tokenizer: Any) -> None:
     want = trainer.compute_loss(model, {k: v.to(model.device) for k, v in batch.items()})
     got = sum(loss_alone(model, r) for r in ours) / sum(len(r.targets) for r in ours)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+def test_rows_of_several_turns_equal_trl(model_dir: Path, tokenizer: Any) -> None:
+    """With a prompt of its own, a row's loss is on all that follows the prompt, and on nothing in it."""
+    user, bot = ({"role": role, "content": f"From the {role}."} for role in ("user", "assistant"))
+    rows = [
+        {"prompt": [user, bot, user], "completion": [bot]},
+        {"prompt": [user], "completion": [bot, user, bot]},
+        {"prompt": [{"role": "system", "content": "Be kind."}, user], "completion": [bot]},
+    ]
+    _, theirs = trl_rows(model_dir, tokenizer, rows)
+    examples = load_examples(write_jsonl(model_dir.parent / "turns.jsonl", rows))
+    assert_same(encode_rows(Encoding(tokenizer, None, 128), examples), theirs)
+
+
+def test_a_tokenizer_that_adds_a_bos_equals_trl(model_dir: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+    rows = [{"prompt": p, "completion": r} for p, r in ROWS]
+    _, theirs = trl_rows(model_dir, tokenizer, rows)
+    assert theirs["input_ids"][0][0] == 0
+    encoding = Encoding(tokenizer, EncodingOptions(template="none"), 128)
+    assert_same([encoding.encode(from_prompt(p, r)) for p, r in ROWS], theirs)
+    assert encoding.settings() != Encoding(make_tokenizer(chat=False), EncodingOptions(template="none"), 128).settings()
+
+
+def test_tune_trains_on_our_labels(model_dir: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """The trainer that `tune` makes: its batches hold our labels, its loss is ours."""
+    from datablame.models import ModelSpec, load
+    from datablame.tuning import TuneOptions, make_trainer
+
+    loaded = load(ModelSpec(str(model_dir), None, "cpu"))
+    ours = [Encoding(tokenizer, None, 128).encode(from_prompt(p, r)) for p, r in ROWS]
+    trainer = make_trainer(loaded, ours, tmp_path / "t", TuneOptions(rank=2))
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ours))])
+    assert [[x for x in row.tolist() if x != IGNORED] for row in batch["labels"]] == [
+        [r.input_ids[t] for t in [t for t, x in enumerate(r.labels) if x != IGNORED]] for r in ours
+    ]
+    want = trainer.compute_loss(trainer.model.eval(), dict(batch))
+    got = sum(loss_alone(trainer.model, r) for r in ours) / sum(len(r.targets) for r in ours)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
+def test_the_seed_decides_the_adapter(model_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    import datablame
+
+    def weights(name: str, seed: int) -> bytes:
+        options = datablame.TuneOptions(rank=2, epochs=1, seed=seed)
+        datablame.tune(model_dir, train_file, tmp_path / name, options=options)
+        return (tmp_path / name / "adapter_model.safetensors").read_bytes()
+
+    assert weights("a", 3) == weights("b", 3) != weights("c", 4)
 
 
 @pytest.mark.parametrize("loss_on", ["response", "all"])
@@ -97,6 +153,22 @@ def test_every_assistant_turn_and_its_end_is_labelled(tokenizer: Any) -> None:
     assert [text for text, labelled in last if labelled] == ["Bye then.<|im_end|>\n"]
 
 
+def test_conversations_that_cannot_be_labelled(tokenizer: Any) -> None:
+    user, bot = {"role": "user", "content": "Hi|more"}, {"role": "assistant", "content": "Ho|more"}
+    with pytest.raises(UserError, match="starts with an answer"):
+        Encoding(tokenizer, None, 128).encode(Example("a", 0, (bot, user, bot)))
+    shortens = (
+        "{% for m in messages %}<|im_start|>{{ m['content'] if loop.last else m['content'].split('|')[0] }}<|im_end|>"
+        "{% endfor %}"
+    )
+    with pytest.raises(UserError, match="rewrites earlier turns"):
+        Encoding(tokenizer, EncodingOptions(template=shortens), 128).encode(Example("a", 0, (user, bot, user, bot)))
+    with pytest.raises(UserError, match="not valid Jinja"):
+        Encoding(tokenizer, EncodingOptions(template="{% for %}"))
+    with pytest.raises(UserError, match="nothing of the response is left"):
+        Encoding(tokenizer, EncodingOptions(loss_on="all", max_length=20)).encode(from_prompt("word " * 30, "x"))
+
+
 def test_system_message_and_template_file(tokenizer: Any, tmp_path: Path) -> None:
     encoding = Encoding(tokenizer, EncodingOptions(system="Be brief."), 128)
     assert "Be brief." in encoding.preview(encoding.encode(from_prompt("Hi", "Ho")))[0][0]
@@ -130,7 +202,7 @@ def test_prompt_ids_are_the_unlabelled_start(tokenizer: Any) -> None:
     [
         (from_prompt("Hi", "", id="q7"), r"row 0 \(id 'q7'\): the response is empty"),
         (from_prompt("Hi", id="q8"), r"id 'q8'\): no response"),
-        (from_prompt("long " * 200, "x", id="q9"), "after truncation to 128 tokens nothing"),
+        (from_prompt("long " * 200, "x", id="q9"), "nothing of the response is left within 128 tokens"),
     ],
 )
 def test_rows_without_a_loss_are_errors(tokenizer: Any, example: Example, message: str) -> None:

@@ -30,6 +30,23 @@ def test_shapes(tmp_path: Path, record: dict[str, Any]) -> None:
     (example,) = load_examples(write_jsonl(tmp_path / "f.jsonl", [record]))
     assert example.messages == (USER, BOT)
     assert (example.id, example.row, example.prompt, example.response) == (0, 0, "Hi", "Ho")
+    assert example.given == (0 if "messages" in record else 1)  # which part of the row is its prompt
+
+
+def test_columns_are_those_of_all_rows(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": "seen", "output": "b", "label": "x"}]
+    first, second = load_examples(write_jsonl(tmp_path / "f.jsonl", rows))
+    assert (first.label, second.label, second.prompt) == (None, "x", "a\n\nseen")
+    rows = [{"text": "a"}, {"id": 3, "text": "b"}]
+    with pytest.raises(UserError, match="line 1: the column 'id' is missing"):
+        load_examples(write_jsonl(tmp_path / "g.jsonl", rows))
+
+
+def test_messages_as_json_text(tmp_path: Path) -> None:
+    frame = pd.DataFrame([{"messages": json.dumps([USER, BOT]), "label": None}])
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    (example,) = load_examples(tmp_path / "f.csv")
+    assert (example.messages, example.label) == ((USER, BOT), None)
 
 
 def test_input_and_text(tmp_path: Path) -> None:
@@ -82,6 +99,10 @@ BAD = {
     ),
     "no messages": ('{"messages": []}\n', r"line 1: .*non-empty list of messages"),
     "bad message": ('{"messages": [{"role": "user"}]}\n', r"needs a text `role` and `content`"),
+    "text of numbers": ('{"text": 5}\n', r"line 1: the column 'text' must hold text"),
+    "messages of text": ('{"messages": "hello"}\n', r"line 1: .*non-empty list of messages"),
+    "half a surrogate": ('{"text": "a\\ud800"}\n', r"line 1: the text holds half of a surrogate pair"),
+    "huge id": ('{"id": 100000000000000000000, "text": "a"}\n', r"line 1: the id must be a whole number"),
     "blank text": ('{"text": "  "}\n', r"line 1: the text is empty"),
 }
 

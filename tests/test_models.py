@@ -86,6 +86,18 @@ def test_fingerprints_tell_weights_apart(model_dir: Path, adapter_dir: Path) -> 
     assert load(ModelSpec(str(model_dir), None, "cpu", "bfloat16")).model_sha256 != a.model_sha256
 
 
+def test_the_configuration_is_part_of_the_fingerprint(model_dir: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    other = tmp_path / "m"
+    shutil.copytree(model_dir, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    a, b = (load(ModelSpec(str(d), None, "cpu")).model_sha256 for d in (model_dir, other))
+    assert a != b
+
+
 def test_an_adapters_own_tokenizer_is_used(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None:
     import shutil
 

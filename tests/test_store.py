@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ import datablame
 from conftest import ROWS, write_jsonl
 from datablame.errors import UserError
 from datablame.examples import Example
-from datablame.indexing import CaptureOptions
+from datablame.indexing import CaptureOptions, Reporter
 from datablame.store import FeatureStore, check_disk, shard_rows
 
 WIDTHS = {"loss": 1, "gradients/a": 3, "hidden/1.response.mean": 2}
@@ -26,8 +26,9 @@ WIDTHS = {"loss": 1, "gradients/a": 3, "hidden/1.response.mean": 2}
 
 def make(path: Path, rows: int = 20, settings: dict[str, Any] | None = None, whole: bool = True) -> FeatureStore:
     examples = [Example(f"r{i}", i, text=f"text {i}", label="x" if i % 2 else None) for i in range(rows)]
-    store = FeatureStore.create(path, settings or {"model": "m"}, WIDTHS, examples, "float32")
+    store = FeatureStore.create(path, settings or {"model": "here", "model_sha256": "m"}, WIDTHS, examples, "float32")
     store.manifest["shard_rows"] = 8
+    store.begin()
     if whole:
         for a, b in store.missing():
             store.write((a, b), {k: torch.arange(a, b)[:, None].repeat(1, d).float() for k, d in WIDTHS.items()})
@@ -58,17 +59,49 @@ def test_a_damaged_shard_is_named_and_rebuilt(tmp_path: Path, damage: str) -> No
         shard.write_bytes(good[:-5])
     else:
         shard.unlink()
-    with pytest.raises(UserError, match=r"shard-00001\.safetensors: (damaged|missing)"):
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors: (damaged|missing).*rebuild"):
         FeatureStore.open(tmp_path / "i")
-    store = FeatureStore.open(tmp_path / "i", verify=False)
-    assert store.forget_damaged() == ["shard-00001.safetensors"]
-    assert store.missing() == [(8, 16)]
+    store = make(tmp_path / "i")  # begins again: the damaged shard is struck and written once more
+    assert store.missing() == []
+    assert FeatureStore.open(tmp_path / "i").features("loss")["loss"].shape == (20, 1)
+    assert shard.read_bytes() == good
+
+
+def test_index_rebuilds_a_damaged_shard_by_itself(
+    built: Path, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    class Notes(Reporter):
+        told: ClassVar[list[str]] = []
+
+        def note(self, message: str) -> None:
+            self.told.append(message)
+
+    out = tmp_path / "i"
+    shutil.copytree(built, out)
+    (out / "shard-00000.safetensors").write_bytes(b"short")
+    datablame.index(model_dir, built.parent / "train.jsonl", out, adapter_dir, reporter=Notes())
+    assert "shard-00000.safetensors was damaged and is built again." in Notes.told
+    assert files(out) == files(built)
+
+
+def test_an_interruption_before_the_first_manifest_can_be_resumed(
+    built: Path, model_dir: Path, adapter_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "i"
+    out.mkdir()
+    (out / "examples.parquet").write_bytes(b"of a build that was killed")
+    (out / "manifest.json.99.part").write_bytes(b"{")
+    datablame.index(model_dir, built.parent / "train.jsonl", out, adapter_dir)
+    assert files(out) == files(built)
 
 
 def test_other_settings_versions_and_folders_are_refused(tmp_path: Path) -> None:
     make(tmp_path / "i")
-    with pytest.raises(UserError, match=r'model: "m" there, "other" here'):
-        make(tmp_path / "i", settings={"model": "other"})
+    with pytest.raises(UserError, match=r'model_sha256: "m" there, "other" here'):
+        make(tmp_path / "i", settings={"model": "here", "model_sha256": "other"})
+    assert len(make(tmp_path / "i", settings={"model": "moved", "model_sha256": "m"})) == 20  # a place is no identity
     with pytest.raises(UserError, match="rows: 20 there, 21 here"):
         make(tmp_path / "i", rows=21)
     with pytest.raises(UserError, match="not an index"):
@@ -78,6 +111,9 @@ def test_other_settings_versions_and_folders_are_refused(tmp_path: Path) -> None
     manifest.write_text(json.dumps({**json.loads(good), "schema": 99}))
     with pytest.raises(UserError, match="schema 99"):
         FeatureStore.open(tmp_path / "i")
+    manifest.write_text("[]")
+    with pytest.raises(UserError, match="not the manifest"):
+        FeatureStore.open(tmp_path / "i")
     manifest.write_text(good[:-30])
     with pytest.raises(UserError, match="damaged"):
         FeatureStore.open(tmp_path / "i")
@@ -85,6 +121,10 @@ def test_other_settings_versions_and_folders_are_refused(tmp_path: Path) -> None
     (tmp_path / "i" / "examples.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match=r"examples\.parquet: missing or damaged"):
         FeatureStore.open(tmp_path / "i")
+    with pytest.raises(UserError, match="not an index"):
+        FeatureStore.open(tmp_path / "i" / "manifest.json")
+    with pytest.raises(UserError, match="is a file"):
+        make(tmp_path / "i" / "manifest.json")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
@@ -100,7 +140,7 @@ def test_an_unfinished_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB and only"):
+    with pytest.raises(UserError, match=r"needs 1,000,000,000,000\.0 MB and only"):
         check_disk(tmp_path / "not" / "yet", 10**18)
     check_disk(tmp_path / "not" / "yet", 10)
     assert list(tmp_path.iterdir()) == []

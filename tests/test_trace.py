@@ -81,6 +81,77 @@ def test_the_models_own_answer_is_traced(built: Path) -> None:
     assert any("base model" in n for n in scores.notes)
 
 
+def test_base_hidden_states_are_the_base_models(built: Path, model_dir: Path) -> None:
+    from datablame.encoding import Encoding
+    from datablame.models import ModelSpec, load
+    from oracles import hidden_alone, relative_error
+
+    store = datablame.FeatureStore.open(built)
+    loaded = load(ModelSpec(str(model_dir), None, "cpu"))
+    rows = [Encoding(loaded.tokenizer, None, 128).encode(e) for e in store.examples]
+    base, tuned = (store.features(kind)["1.response.mean"] for kind in ("base-hidden", "hidden"))
+    want = hidden_alone(loaded.model, rows, 1, "response.mean")
+    assert relative_error(base, want) < 1e-5
+    assert relative_error(tuned, want) > 1e-2
+
+
+def test_only_the_last_answer_of_a_query_counts(built: Path, tmp_path: Path) -> None:
+    turns = [("user", "Say hi."), ("assistant", "Eight legs."), ("user", "Name a fruit."), ("assistant", "A pear.")]
+    messages = [{"role": r, "content": c} for r, c in turns]
+    whole = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    given = write_jsonl(tmp_path / "b.jsonl", [{"prompt": messages[:3], "completion": messages[3:]}])
+    a, b = (datablame.trace(built, q, methods=["graddot"]).matrix() for q in (whole, given))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_layers_without_the_middle(model_dir: Path, adapter_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    """The paper's own layer alone: everything works, on the layer that is there."""
+    chosen = CaptureOptions(layers="last")
+    store = datablame.index(model_dir, train_file, tmp_path / "i", adapter_dir, capture=chosen)
+    scores = datablame.trace(store, prompt="Say hi.", response=" Hello there")
+    np.testing.assert_array_equal(
+        scores.matrix("repsim"),
+        datablame.trace(store, prompt="Say hi.", response=" Hello there", methods=["repsim:layer=last"]).matrix(),
+    )
+
+
+def test_greedy_is_greedy_whatever_the_model_ships(model_dir: Path, tmp_path: Path) -> None:
+    from datablame.models import ModelSpec, answer, load
+
+    fussy = tmp_path / "fussy"
+    shutil.copytree(model_dir, fussy)
+    path = fussy / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 50.0, "num_beams": 3}))
+    plain, other = (answer(load(ModelSpec(str(d), None, "cpu")), [5, 6, 7], 12) for d in (model_dir, fussy))
+    assert plain == other
+
+
+def test_a_row_that_is_not_finite_is_named(model_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    holed = tmp_path / "holed"
+    shutil.copytree(model_dir, holed)
+    weights = load_file(holed / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, holed / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"row \d+ \(id \d+\): loss is not finite"):
+        datablame.index(holed, train_file, tmp_path / "i")
+
+
+def test_an_index_moves_with_its_model(
+    model_dir: Path, adapter_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths work from another folder, and the same content elsewhere is the same index."""
+    shutil.copytree(model_dir, tmp_path / "m")
+    shutil.copytree(adapter_dir, tmp_path / "a")
+    write_jsonl(tmp_path / "t.jsonl", [{"prompt": p, "response": r} for p, r in ROWS])
+    monkeypatch.chdir(tmp_path)
+    datablame.index("./m", "t.jsonl", "i", "a/")
+    monkeypatch.chdir(tmp_path.parent)
+    assert datablame.trace(tmp_path / "i", prompt="a", response="b", methods=["gradcos"]).methods == ["gradcos"]
+    assert len(datablame.index(model_dir, tmp_path / "t.jsonl", tmp_path / "i", adapter_dir)) == len(ROWS)
+
+
 def test_an_answer_that_the_base_model_gives_too_is_told(model_dir: Path, tmp_path: Path) -> None:
     import safetensors.torch as st
 

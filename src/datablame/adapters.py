@@ -18,6 +18,13 @@ REFUSED = {
     "target_parameters": "target_parameters (LoRA on bare parameters)",
     "layer_replication": "layer_replication",
     "lora_bias": "lora_bias (trained biases)",
+    "alora_invocation_tokens": "aLoRA (active after a token only)",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
 }
 """Options of a LoRA whose trained weights the capture would miss: refused by name, never ignored."""
 
@@ -33,12 +40,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: not valid JSON.") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the configuration of an adapter.")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UserError(f"--adapter {directory}: its type is {kind}; only LORA adapters can be attributed.")
     for option, reason in REFUSED.items():
         if config.get(option):
             raise UserError(f"--adapter {directory}: {reason} is not supported. Train a plain LoRA.")
+    start = str(config.get("init_lora_weights"))
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise UserError(f"--adapter {directory}: init_lora_weights={start!r} changes the base weights; not supported.")
     if config.get("bias", "none") != "none":
         raise UserError(f"--adapter {directory}: bias={config['bias']!r} trains biases too; only 'none' is supported.")
     if not (directory / WEIGHTS).exists():

@@ -192,6 +192,10 @@ class _Gradients:
     def _forward(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x = args[0].detach()
+            if x.ndim != 3:
+                raise UserError(
+                    f"{name}: its input has the shape {tuple(x.shape)}, not [batch, tokens, d]; leave it out."
+                )
             if not output.requires_grad:  # all weights are frozen: the graph starts at the first block
                 output.requires_grad_()
 
@@ -217,7 +221,9 @@ def _hidden(output: Any, rows: list[Encoded], layers: Sequence[int]) -> dict[str
         h = h if h.dtype == torch.float64 else h.float()
         kinds: dict[str, list[Tensor]] = {kind: [] for kind in HIDDEN_KINDS}
         for k, row in enumerate(rows):
-            at = [t for t in row.targets if t >= row.prompt_length] or row.targets
+            at = [
+                t for t in row.targets if t >= row.prompt_length
+            ] or row.targets  # a long conversation may lose its last answer
             p = row.prompt_length
             kinds["prompt.last"].append(h[k, p - 1] if p else torch.zeros_like(h[k, 0]))
             kinds["response.last"].append(h[k, at[-1]])

@@ -6,11 +6,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from datablame.errors import UserError
+from datablame.errors import UserError, printable
 
 if TYPE_CHECKING:
     from datablame.encoding import EncodingOptions
@@ -78,7 +78,6 @@ def tune(
 ) -> None:
     """Fine-tune a LoRA adapter (TRL), on the ids and labels that attribution will use."""
     from datablame.console import ConsoleReporter
-    from datablame.encoding import EncodingOptions
     from datablame.examples import Columns
     from datablame.tuning import TuneOptions
     from datablame.tuning import tune as run
@@ -91,7 +90,7 @@ def tune(
         out,
         validation=validation,
         options=options,
-        encoding=_encoding(template, system, loss_on, max_length) or EncodingOptions(),
+        encoding=_encoding(None, template, system, loss_on, max_length),
         columns=Columns(prompt_column, response_column, text_column, messages_column, split=split),
         device=device,
         dtype=dtype,
@@ -110,7 +109,9 @@ def index(
     blocks: Annotated[str | None, typer.Option(help="Weights to attribute: shell patterns over layer names.")] = None,
     layers: Annotated[str, typer.Option(help="Hidden states to keep: numbers, middle, last, all.")] = "middle,last",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 1024,
-    preview: Annotated[int, typer.Option(help="Print so many rendered rows, labelled tokens marked, and stop.")] = 0,
+    preview: Annotated[
+        int, typer.Option(min=0, help="Print so many rendered rows, labelled tokens marked, and stop.")
+    ] = 0,
     template: Template = None,
     system: System = None,
     loss_on: LossOn = None,
@@ -132,7 +133,7 @@ def index(
     from datablame.indexing import index as run
 
     columns = Columns(prompt_column, response_column, text_column, messages_column, id_column, label_column, split)
-    encoding = _encoding(template, system, loss_on, max_length)
+    encoding = _encoding(adapter, template, system, loss_on, max_length)
     _quiet()
     if preview:
         return _preview(model, adapter, train, columns, encoding, preview)
@@ -182,8 +183,10 @@ def trace(
     from datablame.console import ConsoleReporter, print_scores
     from datablame.examples import Columns
     from datablame.methods import parse_list
+    from datablame.scores import check_out
     from datablame.tracing import trace as run
 
+    check_out(out)
     _quiet()
     scores = run(
         index,
@@ -244,27 +247,34 @@ def demo(
 
 
 def _encoding(
-    template: str | None, system: str | None, loss_on: str | None, max_length: int | None
-) -> EncodingOptions | None:
-    """The options given by hand, or None where none was (then an adapter's own record decides)."""
-    from datablame.encoding import EncodingOptions, read_template
+    adapter: str | None, template: str | None, system: str | None, loss_on: str | None, max_length: int | None
+) -> EncodingOptions:
+    """The encoding that the adapter's training recorded, with the options given by hand on top."""
+    from dataclasses import replace
 
-    if (template, system, loss_on, max_length) == (None, None, None, None):
-        return None
-    return EncodingOptions(read_template(template or "auto"), system, loss_on or "response", max_length)  # type: ignore[arg-type]
+    from datablame.encoding import read_template
+    from datablame.indexing import recorded_encoding
+
+    by_hand = {
+        "template": None if template is None else read_template(template),
+        "system": system,
+        "loss_on": loss_on,
+        "max_length": max_length,
+    }
+    given: dict[str, Any] = {name: value for name, value in by_hand.items() if value is not None}
+    return replace(recorded_encoding(adapter), **given)
 
 
 def _preview(
-    model: str, adapter: str | None, train: str, columns: Columns, encoding: EncodingOptions | None, count: int
+    model: str, adapter: str | None, train: str, columns: Columns, encoding: EncodingOptions, count: int
 ) -> None:
     from datablame.console import print_preview
     from datablame.encoding import Encoding
     from datablame.examples import load_examples
-    from datablame.indexing import recorded_encoding
-    from datablame.models import load_tokenizer
+    from datablame.models import load_tokenizer, longest_input
 
     examples = load_examples(train, columns)[:count]
-    encoder = Encoding(load_tokenizer(model, adapter), encoding or recorded_encoding(adapter))
+    encoder = Encoding(load_tokenizer(model, adapter), encoding, longest_input(model))
     print_preview([encoder.preview(encoder.encode(e)) for e in examples], [e.id for e in examples])
 
 
@@ -281,14 +291,12 @@ def main() -> None:
         os.environ["DATABLAME_DEBUG"] = "1"
     try:
         app(prog_name="datablame")
-    except UserError as e:
+    except (UserError, OSError) as e:
         if os.environ.get("DATABLAME_DEBUG"):
             raise
-        typer.echo(f"error: {e}", err=True)
+        what = str(e) if isinstance(e, UserError) else f"{e.filename or 'a file'}: {e.strerror or e}."
+        typer.echo(f"error: {printable(what)}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; finished work is kept", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

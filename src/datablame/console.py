@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from datablame.errors import printable
 from datablame.indexing import Forecast, Reporter
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class ConsoleReporter(Reporter):
 
     def note(self, message: str) -> None:
         """A line above the bar."""
-        (self._progress.console if self._progress else err).print(escape(message))
+        (self._progress.console if self._progress else err).print(escape(printable(message)))
 
     def forecast(self, forecast: Forecast) -> None:
         """The forecast's sentence."""
@@ -67,46 +68,52 @@ class ConsoleReporter(Reporter):
 
 def shorten(text: str, width: int) -> str:
     """One line of at most `width` characters."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+PRINTED = 20
+"""Queries whose tables are printed; the files hold all of them."""
 
 
 def print_scores(scores: Scores, k: int) -> None:
     """A table per query and method."""
-    for query in scores.queries:
+    tops = {method: scores.top(k, method) for method in scores.methods}
+    for query in scores.queries[:PRINTED]:
         out.print()
         out.print(Text.assemble(("query  ", "bold"), str(query.id), "  ", (shorten(query.prompt, 160), "dim")))
         out.print(Text.assemble(("output ", "bold"), shorten(query.response, 300)))
-        for method in scores.methods:
-            top = scores.top(k, method, query.id)
-            table = Table(title=escape(method), title_justify="left", title_style="bold", expand=False)
-            for name in ("rank", "score", "pct"):
-                table.add_column(name, justify="right", no_wrap=True)
-            for name in ("id", "label") if any(e.label for e in scores.train) else ("id",):
-                table.add_column(name, no_wrap=True, max_width=20)
-            table.add_column("training row", ratio=1, no_wrap=True, overflow="ellipsis")
-            for r in top.to_dict("records"):
-                text = shorten(f"{r['prompt']} → {r['response']}" if r["prompt"] else r["response"], 200)
-                label = [Text(str(r["label"] or ""))] if len(table.columns) == 6 else []
-                table.add_row(
-                    str(r["rank"]),
-                    f"{r['score']:.4g}",
-                    f"{r['percentile']:.1f}",
-                    Text(str(r["train"])),
-                    *label,
-                    Text(text),
-                )
-            out.print(table)
+        for method, top in tops.items():
+            out.print(_top_table(method, top[top["query"] == query.id].to_dict("records")))
+    if len(scores.queries) > PRINTED:
+        out.print(f"… and {len(scores.queries) - PRINTED} more queries, in the files below")
     for note in scores.notes:
-        out.print(Text(note, style="yellow"))
+        out.print(Text(printable(note), style="yellow"))
+
+
+def _top_table(method: str, records: list[dict[Any, Any]]) -> Table:
+    labels = any(r["label"] is not None for r in records)
+    table = Table(title=escape(method), title_justify="left", title_style="bold", expand=False)
+    for name in ("rank", "score", "pct"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("id", "label") if labels else ("id",):
+        table.add_column(name, no_wrap=True, max_width=20)
+    table.add_column("training row", ratio=1, no_wrap=True, overflow="ellipsis")
+    for r in records:
+        text = shorten(f"{r['prompt']} → {r['response']}" if r["prompt"] else r["response"], 200)
+        label = [Text(shorten(str(r["label"] or ""), 20))] if labels else []
+        id_ = Text(shorten(str(r["train"]), 40))
+        table.add_row(str(r["rank"]), f"{r['score']:.4g}", f"{r['percentile']:.1f}", id_, *label, Text(text))
+    return table
 
 
 def print_preview(rows: Sequence[list[tuple[str, bool]]], ids: Sequence[object]) -> None:
     """Rendered rows, labelled tokens marked by colour and by brackets."""
     for id_, pieces in zip(ids, rows, strict=True):
-        out.print(Text(f"row {id_}   (the loss is taken on the ⟦marked⟧ part)", style="bold"))
+        out.print(Text(printable(f"row {id_}   (the loss is taken on the ⟦marked⟧ part)"), style="bold"))
         line = Text()
         for text, labelled in pieces:
-            line.append(f"⟦{text}⟧" if labelled else text, style="black on green" if labelled else "")
+            shown = printable(text)
+            line.append(f"⟦{shown}⟧" if labelled else shown, style="black on green" if labelled else "")
         out.print(line)
         out.print()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from datablame.scores import Scores
+from datablame.scores import SAME_ANSWER, Scores
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -89,7 +89,7 @@ def base_name(method: str) -> str:
 
 def diagnose(scores: Scores) -> list[Finding]:
     """All findings: notes first, then the gradients, each method, and the agreement between methods."""
-    findings = [Finding("warning" if "same answer" in note else "note", note) for note in scores.notes]
+    findings = [Finding("warning" if note.startswith(SAME_ANSWER) else "note", note) for note in scores.notes]
     findings += _gradients(scores)
     for method in scores.methods:
         if base_name(method) not in CONTROLS:
@@ -102,8 +102,9 @@ def _gradients(scores: Scores) -> list[Finding]:
     if norms is None:
         return []
     if not norms.max() > 0:
-        return [Finding("warning", "All training gradients are zero: the gradient methods say nothing.")]
-    tiny = np.flatnonzero(norms < 1e-3 * np.median(norms))
+        sentence = "All training gradients are zero: the gradient methods say nothing."
+        return [Finding("warning", sentence, None, {"near_zero": len(norms), "rows": len(norms)})]
+    tiny = np.flatnonzero(norms <= 1e-3 * np.median(norms[norms > 0]))
     if len(tiny):
         named = ", ".join(str(scores.train[t].id) for t in tiny[:5])
         sentence = (
@@ -111,7 +112,8 @@ def _gradients(scores: Scores) -> list[Finding]:
             f"so the model has nothing left to learn from them and gradient methods can hardly see them: {named}."
         )
         return [Finding("warning", sentence, None, {"near_zero": len(tiny), "rows": len(norms)})]
-    return [Finding("good", f"All {len(norms)} training gradients are finite, and none is near zero.")]
+    sentence = f"All {len(norms)} training gradients are finite, and none is near zero."
+    return [Finding("good", sentence, None, {"near_zero": 0, "rows": len(norms)})]
 
 
 def _one_method(scores: Scores, method: str) -> list[Finding]:
@@ -167,7 +169,7 @@ def verdict(findings: list[Finding], methods: int) -> str:
     """One plain sentence over all findings."""
     warnings = sum(f.level == "warning" for f in findings)
     count = f"{warnings} warning{'' if warnings == 1 else 's'} below"
-    if any("same answer" in f.sentence for f in findings if f.level == "warning"):
+    if any(f.sentence.startswith(SAME_ANSWER) for f in findings):
         return "No: the base model gives the same answer without any of these rows."
     if warnings == 0:
         return "Nothing here speaks against the ranking. It is still a correlate of influence, not a retraining."

@@ -7,6 +7,7 @@ receive the same ids and labels from here, so the attributed loss is the trained
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def read_template(value: str) -> str:
         return value
     try:
         return Path(value).read_text(encoding="utf-8")
-    except OSError as e:
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--template {value!r}: neither auto, chat, plain or none, nor a readable Jinja file.") from e
 
 
@@ -104,6 +105,7 @@ class Encoding:
         self.options = replace(options, template=template)
         builtin = {"chat": None, "plain": PLAIN, "none": VERBATIM}
         self._template = builtin.get(template, template)
+        self._compile()
         # A chat template writes the special tokens itself; for the others the tokenizer adds its own.
         self._special = template in ("plain", "none")
         self.limit = min(n for n in (options.max_length, limit, tokenizer.model_max_length) if n is not None)
@@ -119,6 +121,8 @@ class Encoding:
             ids = self._text_ids(example)
             spans, prompt_length = [(0, len(ids))], 0
         else:
+            if turns == "last" and example.messages[-1]["role"] != "assistant":
+                raise UserError(f"{_where(example)}: no response (the conversation ends without an answer).")
             ids, spans = self._conversation(example)
             spans = spans if turns == "all" else spans[-1:]
             prompt_length = spans[-1][0]
@@ -126,12 +130,14 @@ class Encoding:
         for start, end in [(0, len(ids))] if self.options.loss_on == "all" else spans:
             labels[start:end] = ids[start:end]
         dropped = max(0, len(ids) - self.limit)
-        encoded = Encoded(ids[: self.limit], labels[: self.limit], min(prompt_length, self.limit), dropped)
-        if not encoded.targets:
+        encoded = Encoded(ids[: self.limit], labels[: self.limit], prompt_length, dropped)
+        if not any(t >= prompt_length for t in encoded.targets) and not (dropped and len(spans) > 1):
             raise UserError(
-                f"row {example.row} (id {example.id!r}): after truncation to {self.limit} tokens nothing of the "
-                f"response is left (the prompt alone has {prompt_length}). Raise --max-length or remove the row."
+                f"{_where(example)}: nothing of the response is left within {self.limit} tokens "
+                f"(the prompt has {prompt_length}). Raise --max-length or remove the row."
             )
+        if not encoded.targets:
+            raise UserError(f"{_where(example)}: nothing of any response is left within {self.limit} tokens.")
         return encoded
 
     def prompt_ids(self, example: Example) -> list[int]:
@@ -146,32 +152,55 @@ class Encoding:
         return self._ids(text if text.endswith(eos) else text + eos, special=True)
 
     def _conversation(self, example: Example) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of the whole conversation and the [start, end) of every assistant turn."""
+        """Ids of the whole conversation and the [start, end) of every answer that the loss is taken on.
+
+        A row with a prompt of its own (`example.given` messages) has one: all that follows the prompt, as in TRL.
+        """
         messages = self._with_system(example.messages)
-        where = f"row {example.row} (id {example.id!r})"
+        given = example.given + len(messages) - len(example.messages) if example.given else 0
         ids = self._ids(self._render(messages, example))
-        spans: list[tuple[int, int]] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if not message["content"]:
-                raise UserError(f"{where}: the response is empty, so there is no loss to attribute. Remove the row.")
-            before = self._ids(self._render(messages[:i], example, generate=True))
-            start = _common_prefix(before, ids)
-            end = len(ids)
-            if i + 1 < len(messages):
-                end = _common_prefix(self._ids(self._render(messages[: i + 1], example)), ids)
-            if end <= start:
-                raise UserError(
-                    f"{where}: the chat template rewrites earlier turns, so turn {i} cannot be located. "
-                    "Split the conversation into one row per answer, or give --template."
-                )
-            spans.append((start, end))
-        if not spans:
-            raise UserError(f"{where}: no response (no assistant turn), so there is no loss to attribute.")
-        return ids, spans
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= given]
+        if not answers:
+            raise UserError(f"{_where(example)}: no response (no assistant turn), so there is no loss to attribute.")
+        if not all(messages[i]["content"] for i in answers):
+            raise UserError(
+                f"{_where(example)}: the response is empty, so there is no loss to attribute. Remove the row."
+            )
+        if given:
+            return ids, [(self._start(messages[:given], ids, example), len(ids))]
+        return ids, [
+            (self._start(messages[:i], ids, example), self._end(messages[: i + 1], ids, example)) for i in answers
+        ]
+
+    def _start(self, before: list[Message], ids: list[int], example: Example) -> int:
+        """Where the answer to `before` starts: the longest prefix that its rendering shares with the whole."""
+        if not before:
+            raise UserError(f"{_where(example)}: the conversation starts with an answer; put a user turn before it.")
+        return _common_prefix(self._ids(self._render(before, example, generate=True)), ids)
+
+    def _end(self, upto: list[Message], ids: list[int], example: Example) -> int:
+        """Where the last turn of `upto` ends in the whole conversation."""
+        rendered = self._ids(self._render(upto, example))
+        end = _common_prefix(rendered, ids)
+        if end < len(rendered) - 1:  # one token may merge with what follows
+            raise UserError(
+                f"{_where(example)}: the chat template rewrites earlier turns, so turn {len(upto)} cannot be located. "
+                "Split the conversation into one row per answer, or give --template."
+            )
+        return end
 
     # ------------------------------------------------------------ rendering
+
+    def _compile(self) -> None:
+        """Find a template's mistakes once, before any row. Raises UserError."""
+        import jinja2
+
+        template = self._template or str(self.tokenizer.chat_template)
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        except jinja2.TemplateSyntaxError as e:
+            if "unknown tag" not in str(e):  # transformers knows tags of its own
+                raise UserError(f"--template: not valid Jinja (line {e.lineno}: {e.message}).") from e
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         system = self.options.system
@@ -180,16 +209,12 @@ class Encoding:
         return [{"role": "system", "content": system}, *messages]
 
     def _render(self, messages: list[Message], example: Example, generate: bool = False) -> str:
-        if not messages:
-            return ""
         try:
             return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
                 messages, chat_template=self._template, tokenize=False, add_generation_prompt=generate
             )
         except Exception as e:  # Jinja's and the template's own complaints come in many classes
-            raise UserError(
-                f"row {example.row} (id {example.id!r}): the chat template refuses this conversation ({e})."
-            ) from e
+            raise UserError(f"{_where(example)}: the chat template refuses this conversation ({e}).") from e
 
     def _ids(self, text: str, special: bool | None = None) -> list[int]:
         special = self._special if special is None else special
@@ -255,6 +280,17 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
+def _where(example: Example) -> str:
+    return f"row {example.row} (id {example.id!r})"
+
+
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(repr((vocabulary, tokenizer.eos_token, tokenizer.bos_token)).encode()).hexdigest()
+    """sha256 of everything that turns text into ids; padding and truncation are set by use, and left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        state: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        state = json.loads(backend.to_str())
+        state = {k: v for k, v in state.items() if k not in ("padding", "truncation")}
+    described = json.dumps([state, tokenizer.eos_token, tokenizer.bos_token], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()

@@ -13,10 +13,16 @@ class UserError(Exception):
     """
 
 
+def printable(text: str) -> str:
+    """User text for a terminal: control characters, which could move the cursor or worse, become `�`."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` Did you mean 'graddot' or 'gradcos'?`, or the whole list where nothing is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f" Did you mean {' or '.join(repr(c) for c in close)}?"
-    return f" Known: {', '.join(known)}."
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f" Known: {', '.join(known[:12]) or 'none'}{more}."

@@ -31,7 +31,8 @@ SHAPES: tuple[tuple[str, ...], ...] = (
 class Example:
     """One training row or query.
 
-    `messages` is a conversation (`role`, `content`); a `text` row has no messages, its whole text is learnt.
+    `messages` is a conversation (`role`, `content`); its first `given` messages are the row's own prompt (0 when
+    the row does not say). A `text` row has no messages: its whole text is learnt.
     `id` is the user's own or the row number; `row` is the 0-based position in the file.
     """
 
@@ -40,6 +41,7 @@ class Example:
     messages: tuple[Message, ...] = ()
     text: str = ""
     label: str | None = None
+    given: int = 0
 
     @property
     def response(self) -> str:
@@ -64,7 +66,7 @@ class Example:
 
 def from_prompt(prompt: str, response: str | None = None, id: Id = "prompt") -> Example:
     """One question (and its answer) given by hand."""
-    example = Example(id=id, row=0, messages=({"role": "user", "content": prompt},))
+    example = Example(id=id, row=0, messages=({"role": "user", "content": prompt},), given=1)
     return example if response is None else example.with_response(response)
 
 
@@ -90,7 +92,7 @@ def load_examples(source: str | Path, columns: Columns | None = None) -> list[Ex
     records = list(_records(str(source), columns.split))
     if not records:
         raise UserError(f"{source}: no rows. Give a file with at least one training example.")
-    reader = _Reader(str(source), columns, list(records[0][1]))
+    reader = _Reader(str(source), columns, list(dict.fromkeys(name for _, record in records for name in record)))
     examples = [reader.read(where, row, record) for row, (where, record) in enumerate(records)]
     return _checked_ids(examples, [where for where, _ in records])
 
@@ -145,6 +147,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line)
             except json.JSONDecodeError as e:
                 raise UserError(f"{where}: not valid JSON ({e.msg}, column {e.colno}).") from e
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{where}: cannot be read as JSON ({e}).") from e
             yield where, _object(record, where)
 
 
@@ -225,7 +229,7 @@ def _dataset(loaded: Any, name: str, split: str) -> Iterator[tuple[str, dict[str
         if split not in loaded:
             raise UserError(f"{name}: no split {split!r}.{nearest(split, loaded)}")
         loaded = loaded[split]
-    for number, record in enumerate(loaded):
+    for number, record in enumerate(loaded.with_format(None)):
         yield f"{name}, row {number}", dict(record)
 
 
@@ -243,7 +247,7 @@ class _Reader:
         self.shape = self._shape(source, present)
         self.id = columns.id or ("id" if "id" in present else None)
         self.label = columns.label or ("label" if "label" in present else None)
-        self.has_input = self.shape == ("instruction", "output") and "input" in present
+        self.has_input = self.shape[1:] == ("output",) and "input" in present
 
     def _shape(self, source: str, present: Sequence[str]) -> tuple[str, ...]:
         c = self.columns
@@ -265,28 +269,57 @@ class _Reader:
 
     def read(self, where: str, row: int, record: dict[str, Any]) -> Example:
         for name in (*self.shape, *([self.id] if self.id else [])):
-            if record.get(name) is None:
+            if _absent(record.get(name)):
                 raise UserError(f"{where}: the column {name!r} is missing or empty.")
         id_ = record[self.id] if self.id else row
-        if not isinstance(id_, (int, str)) or isinstance(id_, bool):
-            raise UserError(f"{where}: the id must be a number or a string, found {id_!r}.")
+        if isinstance(id_, bool) or not isinstance(id_, (int, str)) or (isinstance(id_, int) and abs(id_) >= 2**63):
+            raise UserError(f"{where}: the id must be a whole number (64 bits) or a string, found {id_!r}.")
         label = record.get(self.label) if self.label else None
-        base = Example(id=id_, row=row, label=None if label is None else str(label))
+        base = Example(id=id_, row=row, label=None if _absent(label) or label == "" else str(label))
+        check_text(where, record)
         if len(self.shape) == 2:
-            return replace(base, messages=self._pair(where, record))
+            return self._pair(base, where, record)
         value = record[self.shape[0]]
-        if isinstance(value, str):
-            if not value.strip():
-                raise UserError(f"{where}: the text is empty.")
-            return replace(base, text=value)
-        return replace(base, messages=_messages(value, where, self.shape[0]))
+        if self.shape[0] == (self.columns.messages or "messages"):
+            return replace(base, messages=_messages(_parsed(value), where, self.shape[0]))
+        if not isinstance(value, str):
+            raise UserError(f"{where}: the column {self.shape[0]!r} must hold text, found {value!r:.60}.")
+        if not value.strip():
+            raise UserError(f"{where}: the text is empty.")
+        return replace(base, text=value)
 
-    def _pair(self, where: str, record: dict[str, Any]) -> tuple[Message, ...]:
+    def _pair(self, base: Example, where: str, record: dict[str, Any]) -> Example:
         prompt, response = (record[name] for name in self.shape)
-        if self.has_input and record.get("input"):
+        if self.has_input and not _absent(record.get("input")) and record["input"]:
             prompt = f"{prompt}\n\n{record['input']}"
         before = _messages(prompt, where, self.shape[0], role="user")
-        return before + _messages(response, where, self.shape[1], role="assistant")
+        after = _messages(response, where, self.shape[1], role="assistant")
+        return replace(base, messages=before + after, given=len(before))
+
+
+def _absent(value: Any) -> bool:
+    """None, or the NaN with which tables mark an empty cell."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _parsed(value: Any) -> Any:
+    """Messages kept as JSON text, as CSV must keep them."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def check_text(where: str, record: dict[str, Any]) -> None:
+    """Raise UserError for half a surrogate pair, which no file or tokenizer can hold."""
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{where}: the text holds half of a surrogate pair (\\ud800 or the like). Mend the text."
+        ) from e
 
 
 def _messages(value: Any, where: str, column: str, role: str | None = None) -> tuple[Message, ...]:
@@ -294,7 +327,8 @@ def _messages(value: Any, where: str, column: str, role: str | None = None) -> t
     if isinstance(value, str) and role is not None:
         return ({"role": role, "content": value},)
     if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(f"{where}: the column {column!r} must hold a non-empty list of messages, found {value!r:.60}.")
+        what = "text or a non-empty list of messages" if role else "a non-empty list of messages"
+        raise UserError(f"{where}: the column {column!r} must hold {what}, found {value!r:.60}.")
     for m in value:
         if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
             raise UserError(f"{where}: every message in {column!r} needs a text `role` and `content`, found {m!r:.80}.")

@@ -76,10 +76,10 @@ SILENT = Reporter()
 
 
 def index(
-    model: str,
+    model: str | Path,
     train: str | Path,
     out: str | Path,
-    adapter: str | None = None,
+    adapter: str | Path | None = None,
     *,
     device: str | None = None,
     dtype: str | None = None,
@@ -97,52 +97,41 @@ def index(
     if options.batch_tokens < 1:
         raise UserError(f"--batch-tokens {options.batch_tokens}: at least 1.")
     examples = load_examples(train, columns)
-    encoding = encoding or recorded_encoding(adapter)
-    loaded = load(ModelSpec(model, adapter, device, dtype))
-    encoder = Encoding(loaded.tokenizer, encoding, loaded.max_length)
+    loaded = load(ModelSpec(str(model), None if adapter is None else str(adapter), device, dtype))
+    encoder = Encoding(loaded.tokenizer, encoding or recorded_encoding(adapter), loaded.max_length)
     rows = encode_rows(encoder, examples)
     if note := truncation_note(examples, rows):
         reporter.note(note)
     engine = Engine(loaded, options)
     settings = {**engine.settings(), "encoding": encoder.settings(), "train_sha256": digest(examples, rows)}
-    todo = _begin(out, engine, settings, examples, rows, reporter)
     store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype)
-    for name in store.forget_damaged():
+    _forecast(store, engine, rows, reporter)
+    for name in store.begin():
         reporter.note(f"{name} was damaged and is built again.")
     ranges = store.missing()
-    if len(ranges) and (a := ranges[0][0]):
-        reporter.note(f"{a} of {len(store)} rows were done before; going on.")
-    reporter.start("index", todo)
+    done = len(store) - sum(b - a for a, b in ranges)
+    if done and ranges:
+        reporter.note(f"{done} of {len(store)} rows were done before; going on.")
+    reporter.start("index", sum(len(r.input_ids) for a, b in ranges for r in rows[a:b]))
     for a, b in ranges:
-        store.write((a, b), engine.capture(rows[a:b], reporter, examples[a:b]))
+        store.write((a, b), engine.capture(rows[a:b], examples[a:b], reporter))
     reporter.end()
     return FeatureStore.open(out)
 
 
-def _begin(
-    out: Path,
-    engine: Engine,
-    settings: dict[str, Any],
-    examples: list[Example],
-    rows: list[Encoded],
-    reporter: Reporter,
-) -> int:
-    """Forecast and refuse before anything is written; the tokens still to do."""
-    if (out / "manifest.json").exists():
-        # Settings that differ are refused here, before any time is spent.
-        store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype)
-        left = [row for a, b in store.missing() for row in rows[a:b]]
-    else:
-        left = rows
-    tokens = sum(len(r.input_ids) for r in left)
-    forecast = Forecast(len(left), tokens, len(left) * engine.row_bytes, engine.memory_bytes(left))
+def _forecast(store: FeatureStore, engine: Engine, rows: list[Encoded], reporter: Reporter) -> None:
+    """Tell what the rest will take, and refuse before anything is written."""
+    left = [i for a, b in store.missing() for i in range(a, b)]
+    todo = [rows[i] for i in left]
+    tokens = sum(len(r.input_ids) for r in todo)
+    forecast = Forecast(len(todo), tokens, len(todo) * engine.row_bytes, engine.memory_bytes(todo))
     check_row(engine)
-    check_disk(out, forecast.disk_bytes)
+    check_disk(store.path, forecast.disk_bytes)
     check_memory(forecast.memory_bytes, engine)
-    if left:
-        forecast = replace(forecast, seconds=engine.seconds_per_token(left) * tokens)
+    if todo:
+        seconds = tokens * engine.seconds_per_token(todo, [store.examples[i] for i in left])
+        forecast = replace(forecast, seconds=seconds)
     reporter.forecast(forecast)
-    return tokens
 
 
 class Engine:
@@ -166,8 +155,8 @@ class Engine:
         """What an index records of the model and the capture; paths are for reloading, digests decide."""
         spec = self.loaded.spec
         return {
-            "model": spec.model,
-            "adapter": spec.adapter,
+            "model": _place(spec.model),
+            "adapter": None if spec.adapter is None else _place(spec.adapter),
             "model_sha256": self.loaded.model_sha256,
             "adapter_sha256": self.loaded.adapter_sha256,
             "blocks": self.options.blocks,
@@ -176,8 +165,11 @@ class Engine:
             "dtype": str(next(self.loaded.model.parameters()).dtype).removeprefix("torch."),
         }
 
-    def capture(self, rows: Sequence[Encoded], reporter: Reporter, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """All features of `rows`: one forward and backward pass, and one forward pass of the base model."""
+    def capture(self, rows: Sequence[Encoded], examples: Sequence[Example], reporter: Reporter) -> dict[str, Tensor]:
+        """All features of `rows`: one forward and backward pass, and one forward pass of the base model.
+
+        Raises UserError naming the example when a number is not finite.
+        """
         from datablame.capture import NotFinite, capture
 
         def done(tokens: int, seconds: float) -> None:
@@ -199,13 +191,13 @@ class Engine:
             ) from e
         return features
 
-    def seconds_per_token(self, rows: Sequence[Encoded]) -> float:
+    def seconds_per_token(self, rows: Sequence[Encoded], examples: Sequence[Example]) -> float:
         """Measured on one small batch of rows of middling length."""
-        by_length = sorted(rows, key=lambda r: len(r.input_ids))
-        middle = by_length[len(by_length) // 2 :][: 4 if len(rows) > 16 else 1]
+        by_length = sorted(zip(rows, examples, strict=True), key=lambda pair: len(pair[0].input_ids))
+        batch = by_length[len(by_length) // 2 :][: 4 if len(rows) > 16 else 1]
         start = time.perf_counter()
-        self.capture(middle, SILENT, [])
-        return (time.perf_counter() - start) / sum(len(r.input_ids) for r in middle)
+        self.capture([r for r, _ in batch], [e for _, e in batch], SILENT)
+        return (time.perf_counter() - start) / sum(len(r.input_ids) for r, _ in batch)
 
     def memory_bytes(self, rows: Sequence[Encoded]) -> int:
         """An estimate from shapes: weights, activations and logits of the largest batch, one shard of features."""
@@ -250,22 +242,27 @@ def check_memory(needed: int, engine: Engine) -> None:
 # ---------------------------------------------------------------- small helpers
 
 
-def recorded_encoding(adapter: str | None) -> EncodingOptions:
+def _place(name: str) -> str:
+    """A path as seen from anywhere; a hub id or a bundled name as it is."""
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def recorded_encoding(adapter: str | Path | None) -> EncodingOptions:
     """The encoding that `datablame tune` recorded beside the adapter, else the defaults."""
     path = Path(adapter) / TRAINING_RECORD if adapter else None
     if path is None or not path.exists():
         return EncodingOptions()
     try:
         return EncodingOptions(**json.loads(path.read_text(encoding="utf-8"))["encoding"])
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: damaged; delete it and give --template, --system, --loss-on by hand.") from e
 
 
 def digest(examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
-    """sha256 over ids, labels and tokens of all rows."""
+    """sha256 over ids, labels, text and tokens of all rows."""
     sha = hashlib.sha256()
     for e, r in zip(examples, rows, strict=True):
-        sha.update(repr((e.id, e.label, r.input_ids, r.labels)).encode())
+        sha.update(repr((e.id, e.label, e.messages, e.text, r.input_ids, r.labels)).encode())
     return sha.hexdigest()
 
 

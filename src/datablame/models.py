@@ -63,11 +63,15 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in eval mode with frozen weights, its tokenizer and fingerprints (sha256 of the weights)."""
+    """A model in eval mode with frozen weights, its tokenizer, and fingerprints (sha256 of the content).
+
+    ends: tokens at which the model's own configuration stops an answer.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     spec: ModelSpec
+    ends: frozenset[int]
     model_sha256: str
     adapter_sha256: str | None
 
@@ -96,12 +100,13 @@ def load(spec: ModelSpec) -> Loaded:
     device = spec.device or best_device()
     if spec.dtype and not isinstance(getattr(torch, spec.dtype, None), torch.dtype):
         raise UserError(f"--dtype {spec.dtype!r}: use float32, bfloat16, float16 or float64.")
-    dtype = getattr(torch, spec.dtype) if spec.dtype else (torch.bfloat16 if device == "cuda" else torch.float32)
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    dtype = getattr(torch, spec.dtype) if spec.dtype else (torch.bfloat16 if on_cuda else torch.float32)
     tokenizer = load_tokenizer(spec.model, spec.adapter)
     model = _from_pretrained(directory, spec, device, dtype)
     model_sha256 = fingerprint(model)
     adapter_sha256 = None
-    if spec.adapter:
+    if spec.adapter is not None:
         adapter_sha256 = fingerprint_adapter(Path(spec.adapter))
         model = attach(model, Path(spec.adapter))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
@@ -110,7 +115,16 @@ def load(spec: ModelSpec) -> Loaded:
             f"{model.get_input_embeddings().weight.shape[0]} embeddings. Was it trained with added tokens?"
         )
     model.eval().requires_grad_(False)
-    return Loaded(model, tokenizer, spec, model_sha256, adapter_sha256)
+    return Loaded(model, tokenizer, spec, _make_greedy(model, tokenizer), model_sha256, adapter_sha256)
+
+
+def _make_greedy(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Drop the generation defaults that a model ships (penalties, sampling, beams); return its end tokens."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config.eos_token_id
+    model.generation_config = GenerationConfig()
+    return frozenset({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 def load_tokenizer(model: str, adapter: str | None = None) -> Any:
@@ -119,15 +133,41 @@ def load_tokenizer(model: str, adapter: str | None = None) -> Any:
     return _tokenizer(str(adapter) if own else resolve(model))
 
 
-def _from_pretrained(directory: str, spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+def longest_input(model: str) -> int | None:
+    """The longest input that a model was built for, in tokens, from its configuration alone."""
+    from transformers import AutoConfig
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, device_map=device, trust_remote_code=False, use_safetensors=True
+        config = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--model {model}: its configuration cannot be read ({_first_line(e)}).") from e
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _from_pretrained(directory: str, spec: ModelSpec, device: str, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        model, info = from_pretrained(
+            directory,
+            dtype=dtype,
+            device_map=device,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, AssertionError) as e:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as e:
         raise UserError(f"--model {spec.model}: cannot be loaded on {device} ({_first_line(e)}).") from e
+    _check_whole(info, spec.model)
+    return model
+
+
+def _check_whole(info: dict[str, Any], name: str) -> None:
+    """Raise UserError for weights that transformers would have made up at random."""
+    if bad := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise UserError(f"--model {name}: {len(bad)} of its weights are missing or misshapen ({bad[0]}).")
 
 
 def _tokenizer(directory: str) -> Any:
@@ -142,6 +182,10 @@ def _tokenizer(directory: str) -> Any:
     return tokenizer
 
 
+NOT_THE_FUNCTION = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "architectures")
+"""Entries of a model's configuration that say nothing of what it computes."""
+
+
 def best_device() -> str:
     """cuda, then mps, then cpu."""
     import torch
@@ -152,10 +196,11 @@ def best_device() -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the names, shapes, types and bytes of all weights."""
+    """sha256 over the configuration that shapes the function, and names, shapes, types and bytes of all weights."""
     import torch
 
-    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_FUNCTION}
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for name, p in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         digest.update(memoryview(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
@@ -230,12 +275,15 @@ def _convert(gguf: Path, target: Path) -> Path:
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
+        from_pretrained: Any = AutoModelForCausalLM.from_pretrained
+        model, info = from_pretrained(
             str(gguf.parent),
             gguf_file=gguf.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
         )
+        _check_whole(info, gguf.name)
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
     except Exception as e:  # a broken GGUF file fails in as many ways as there are readers
@@ -256,11 +304,8 @@ def answer(loaded: Loaded, prompt_ids: list[int], max_new_tokens: int = 128) -> 
     import torch
     from transformers import GenerationConfig
 
-    own = loaded.model.generation_config.eos_token_id
-    ends = {loaded.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=sorted(ends), pad_token_id=min(ends)
-    )
+    ends = sorted(loaded.ends)
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0])
     ids = torch.tensor([prompt_ids], device=loaded.model.get_input_embeddings().weight.device)
     with torch.no_grad():
         out = loaded.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from datablame.examples import Example, Id
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float, Int
+
+
+SAME_ANSWER = "The base model without the adapter gives the same answer"
+"""How the note begins that makes every ranking void."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,18 @@ class Scores:
 
     def __repr__(self) -> str:
         return f"Scores({len(self.queries)} queries × {len(self.train)} training rows: {', '.join(self.methods)})"
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError, before any work, when results cannot be written to the directory `out`."""
+    if (out / "manifest.json").exists():
+        raise UserError(f"--out {out}: that is an index; name another directory for the results.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out}: not a directory that can be made ({e.strerror}).") from e
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: not writable.")
 
 
 def ranks(scores: Float[np.ndarray, "m n"]) -> Int[np.ndarray, "m n"]:

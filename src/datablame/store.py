@@ -48,9 +48,10 @@ class FeatureStore:
     def create(
         cls, path: Path, settings: Mapping[str, Any], widths: Mapping[str, int], examples: Sequence[Example], dtype: str
     ) -> FeatureStore:
-        """Begin an index at `path`, or go on with an unfinished one that was made with the same settings.
+        """The index that will be at `path`: a new one, or an unfinished or damaged one made with the same settings.
 
-        `settings` decide the features: another value is another index, and is refused with the reason.
+        Nothing is written before `begin`. `settings` decide the features: another value is another index, and is
+        refused with the reason (where the model lies may change, its content may not).
         """
         row_bytes = sum(widths.values()) * (8 if dtype == "float64" else 4)
         manifest = {
@@ -63,39 +64,43 @@ class FeatureStore:
             "shards": [],
         }
         if (path / "manifest.json").exists():
-            store = cls.open(path, complete=False)
+            store = cls.open(path, complete=False, verify=False)
             _same(store.manifest, manifest, path)
             return store
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file; name a directory.")
+        # An interruption before the first manifest leaves examples and parts; anything else is somebody's own.
+        if path.exists() and any(p.name != "examples.parquet" and p.suffix != ".part" for p in path.iterdir()):
             raise UserError(f"{path}: the directory is not empty and is no index. Give a new --out.")
-        path.mkdir(parents=True, exist_ok=True)
-        _write_examples(path / "examples.parquet", examples)
-        manifest["examples_sha256"] = _sha256(path / "examples.parquet")
-        store = cls(path, manifest, list(examples))
-        store._write_manifest()
-        return store
+        return cls(path, manifest, list(examples))
+
+    def begin(self) -> list[str]:
+        """Write what a new index starts with; strike damaged shards of an old one, and return their names."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not (self.path / "manifest.json").exists():
+            _write_examples(self.path / "examples.parquet", self.examples)
+            self.manifest["examples_sha256"] = _sha256(self.path / "examples.parquet")
+            self._write_manifest()
+        bad = [s for s in self.manifest["shards"] if not self._whole(s)]
+        if bad:
+            self.manifest["shards"] = [s for s in self.manifest["shards"] if s not in bad]
+            self._write_manifest()
+        return [s["file"] for s in bad]
 
     @classmethod
     def open(cls, path: str | Path, complete: bool = True, verify: bool = True) -> FeatureStore:
         """Open an index. Raises UserError when it is none, of another version, unfinished or damaged."""
         path = Path(path)
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        except FileNotFoundError as e:
-            raise UserError(f"{path}: not an index (no manifest.json). Make one with `datablame index`.") from e
-        except (json.JSONDecodeError, NotADirectoryError) as e:
-            raise UserError(f"{path / 'manifest.json'}: damaged; delete {path} and index again.") from e
+        manifest = _read_manifest(path)
         if manifest.get("schema") != SCHEMA:
             raise UserError(
                 f"{path}: made by another version (schema {manifest.get('schema')}; this one reads {SCHEMA}). "
                 "Index again."
             )
-        if (
-            not (path / "examples.parquet").exists()
-            or _sha256(path / "examples.parquet") != manifest["examples_sha256"]
-        ):
-            raise UserError(f"{path / 'examples.parquet'}: missing or damaged; delete {path} and index again.")
-        store = cls(path, manifest, _read_examples(path / "examples.parquet"))
+        rows = path / "examples.parquet"
+        if not rows.exists() or _sha256(rows) != manifest.get("examples_sha256"):
+            raise UserError(f"{rows}: missing or damaged; delete {path} and index again.")
+        store = cls(path, manifest, _read_examples(rows))
         if complete and store.missing():
             done, n = sum(s["rows"][1] - s["rows"][0] for s in manifest["shards"]), len(store)
             raise UserError(
@@ -108,22 +113,14 @@ class FeatureStore:
     def verify(self) -> None:
         """Compare every shard's checksum. Raises UserError naming the damaged file."""
         for shard in self.manifest["shards"]:
-            file = self.path / shard["file"]
-            if not file.exists() or _sha256(file) != shard["sha256"]:
-                state = "damaged" if file.exists() else "missing"
-                raise UserError(f"{file}: {state} (checksum). Delete it and run `datablame index` again to rebuild it.")
+            if not self._whole(shard):
+                file = self.path / shard["file"]
+                state = "damaged (checksum)" if file.exists() else "missing"
+                raise UserError(f"{file}: {state}. Run the same `datablame index` command again to rebuild it.")
 
-    def forget_damaged(self) -> list[str]:
-        """Strike damaged shards from the manifest, so that the build writes them again; their names."""
-        good: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        for shard in self.manifest["shards"]:
-            file = self.path / shard["file"]
-            (good if file.exists() and _sha256(file) == shard["sha256"] else bad).append(shard)
-        if bad:
-            self.manifest["shards"] = good
-            self._write_manifest()
-        return [s["file"] for s in bad]
+    def _whole(self, shard: Mapping[str, Any]) -> bool:
+        file = self.path / shard["file"]
+        return file.exists() and _sha256(file) == shard["sha256"]
 
     # ------------------------------------------------------------ write
 
@@ -197,11 +194,27 @@ class Features(Mapping[str, "Tensor"]):
 # ---------------------------------------------------------------- files
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UserError(f"{path}: not an index (no manifest.json). Make one with `datablame index`.") from e
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path / 'manifest.json'}: damaged; delete the directory and index again.") from e
+    if not isinstance(manifest, dict):
+        raise UserError(f"{path / 'manifest.json'}: not the manifest of an index.")
+    return manifest
+
+
+PLACES = ("model", "adapter")
+"""Settings that say where content lies; the digests beside them say what it is."""
+
+
 def _same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     """Raise UserError naming every setting in which an existing index differs from the one asked for."""
     a = {**old["settings"], "rows": old["rows"], "dtype": old["dtype"], "widths": old["widths"]}
     b = {**new["settings"], "rows": new["rows"], "dtype": new["dtype"], "widths": new["widths"]}
-    differ = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+    differ = [k for k in sorted({*a, *b} - {*PLACES}) if a.get(k) != b.get(k)]
     if differ:
         shown = "; ".join(f"{k}: {_short(a.get(k))} there, {_short(b.get(k))} here" for k in differ[:4])
         raise UserError(f"{path}: this index was made with other settings ({shown}). Give another --out, or delete it.")
@@ -214,16 +227,16 @@ def _short(value: Any) -> str:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, even after a power cut."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        part.replace(path)
     except OSError as e:
         part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({e.strerror}). What was finished before is kept.") from e
-    part.replace(path)
 
 
 def _sha256(path: Path) -> str:
@@ -239,7 +252,7 @@ def check_disk(path: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed * 1.1 > free:
         raise UserError(
-            f"{path}: the index needs {needed / 1e9:.2f} GB and only {free / 1e9:.2f} GB are free. "
+            f"{path}: the index needs {needed / 1e6:,.1f} MB and only {free / 1e6:,.1f} MB are free. "
             "Choose fewer --blocks or --layers, fewer rows, or another --out."
         )
 
@@ -257,6 +270,7 @@ def _write_examples(path: Path, examples: Sequence[Example]) -> None:
             "messages": pa.array([json.dumps(e.messages, ensure_ascii=False) for e in examples], pa.string()),
             "text": pa.array([e.text for e in examples], pa.string()),
             "label": pa.array([e.label for e in examples], pa.string()),
+            "given": pa.array([e.given for e in examples], pa.int64()),
         }
     )
     buffer = io.BytesIO()
@@ -268,4 +282,4 @@ def _read_examples(path: Path) -> list[Example]:
     import pyarrow.parquet as pq
 
     rows = pq.read_table(path).to_pylist()
-    return [Example(r["id"], r["row"], tuple(json.loads(r["messages"])), r["text"], r["label"]) for r in rows]
+    return [Example(**{**r, "messages": tuple(json.loads(r["messages"]))}) for r in rows]

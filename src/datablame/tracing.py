@@ -12,11 +12,11 @@ import numpy as np
 from datablame import methods as registry
 from datablame.encoding import Encoding, EncodingOptions, encode_rows, truncation_note
 from datablame.errors import UserError
-from datablame.examples import Columns, Example, from_prompt, load_examples
+from datablame.examples import Columns, Example, check_text, from_prompt, load_examples
 from datablame.indexing import SILENT, CaptureOptions, Engine, Forecast, Reporter, check_memory
 from datablame.methods import Method, Text
 from datablame.models import Loaded, ModelSpec, answer, load
-from datablame.scores import Scores
+from datablame.scores import SAME_ANSWER, Scores
 from datablame.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def trace(
         raise UserError("give either a file of queries (--query) or one question (--prompt).")
     if response is not None and prompt is None:
         raise UserError("--response goes with --prompt; a --query file holds its own responses.")
+    check_text("--prompt or --response", {"prompt": prompt, "response": response})
     store = index if isinstance(index, FeatureStore) else FeatureStore.open(index)
     chosen = {spec: registry.parse(spec) for spec in methods or available(store, DEFAULT_METHODS)}
     for spec, method in chosen.items():
@@ -81,15 +82,14 @@ def _answered(query: Example, encoder: Encoding, loaded: Loaded, limit: int, not
             "the model's own answer to this prompt is empty, so there is nothing to trace. Give --response."
         )
     if not ended:
-        notes.append(f"The model's answer was cut after {limit} tokens; raise --max-new-tokens to trace all of it.")
+        notes.append(
+            f"The model's answer was cut after {limit} tokens and is traced as if it ended there: --max-new-tokens."
+        )
     if loaded.adapter_sha256:
         with loaded.without_adapter():
             base, _ = answer(loaded, ids, limit)
         if base.strip() == text.strip():
-            notes.append(
-                "The base model without the adapter gives the same answer: then no training row made it, "
-                "and the ranking below explains nothing."
-            )
+            notes.append(f"{SAME_ANSWER}: then no training row made it, and the ranking below explains nothing.")
         else:
             notes.append(f"Without the adapter the base model answers: “{base.strip()}”")
     return query.with_response(text)
@@ -99,7 +99,7 @@ def load_for(store: FeatureStore, model: str | None, adapter: str | None, device
     """The model that made the index, refused with the reason when its content has changed."""
     s = store.settings
     dtype = s["dtype"]
-    loaded = load(ModelSpec(model or s["model"], adapter or s["adapter"], device, dtype))
+    loaded = load(ModelSpec(str(model or s["model"]), adapter or s["adapter"], device, dtype))
     for what, now in (("model", loaded.model_sha256), ("adapter", loaded.adapter_sha256)):
         if now != s[f"{what}_sha256"]:
             raise UserError(
@@ -133,10 +133,11 @@ def capture_queries(
     tokens = sum(len(r.input_ids) for r in rows)
     forecast = Forecast(len(rows), tokens, 0, engine.memory_bytes(rows) + len(rows) * engine.row_bytes)
     check_memory(forecast.memory_bytes, engine)
-    forecast = replace(forecast, seconds=engine.seconds_per_token(rows) * tokens)
+    if len(rows) > 4:  # for fewer, measuring would take as long as the work
+        forecast = replace(forecast, seconds=engine.seconds_per_token(rows, queries) * tokens)
     reporter.forecast(forecast)
     reporter.start("trace", tokens)
-    captured = engine.capture(rows, reporter, queries)
+    captured = engine.capture(rows, queries, reporter)
     reporter.end()
     return captured
 

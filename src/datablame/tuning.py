@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datablame.encoding import Encoded, Encoding, EncodingOptions, encode_rows, truncation_note
-from datablame.errors import UserError
+from datablame.errors import UserError, nearest
 from datablame.examples import Columns, load_examples
 from datablame.indexing import SILENT, TRAINING_RECORD, Reporter
 from datablame.models import Loaded, ModelSpec, load
@@ -40,7 +42,7 @@ class TuneOptions:
 
 
 def tune(
-    model: str,
+    model: str | Path,
     train: str | Path,
     out: str | Path,
     *,
@@ -57,7 +59,7 @@ def tune(
     Returns the record that is written: options, encoding, and the loss history of the trainer.
     Raises UserError for bad rows, targets that match nothing, or an `out` that holds an adapter already.
     """
-    out, options = Path(out), options or TuneOptions()
+    out, model, options = Path(out), str(model), options or TuneOptions()
     _check(out, options, validation)
     examples = load_examples(train, columns)
     held_out = load_examples(validation, columns) if validation else None
@@ -73,7 +75,7 @@ def tune(
     trainer.save_model(str(out))
     _name_base_model(out / "adapter_config.json", model)
     loaded.tokenizer.save_pretrained(out)
-    record = {
+    record: dict[str, Any] = {
         "model": model,
         "model_sha256": loaded.model_sha256,
         "options": asdict(options),
@@ -81,9 +83,25 @@ def tune(
         "history": [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h],
     }
     (out / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for name in ("training_args.bin", "README.md"):  # a pickle that nothing reads; an empty model card with local paths
-        (out / name).unlink(missing_ok=True)
+    _check_finite(trainer.model, record["history"], out)
+    if options.keep == 0:
+        for checkpoint in out.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    for path in [
+        *out.rglob("training_args.bin"),
+        *out.rglob("README.md"),
+    ]:  # a pickle that nothing reads; an empty model card with local paths
+        path.unlink()
     return record
+
+
+def _check_finite(model: Any, history: list[dict[str, Any]], out: Path) -> None:
+    """Raise UserError when the training has diverged: such an adapter says nothing."""
+    import torch
+
+    weights = all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad)
+    if not weights or not all(math.isfinite(h.get("loss", 0.0)) for h in history):
+        raise UserError(f"the training diverged (a loss or weight is not finite); {out} is of no use. Lower --rate.")
 
 
 def _name_base_model(config: Path, model: str) -> None:
@@ -100,6 +118,10 @@ def _check(out: Path, options: TuneOptions, validation: str | Path | None) -> No
     for name in ("rank", "alpha", "epochs", "rate", "batch"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name} {getattr(options, name)}: must be more than 0.")
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: a whole number from 0.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a directory.")
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout {options.dropout}: from 0 up to, but not, 1.")
 
@@ -116,22 +138,30 @@ def make_trainer(
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
-    try:
-        trainer = SFTTrainer(
-            model=loaded.model,
-            args=_arguments(loaded, out, options, validation is not None),
-            train_dataset=_dataset(rows),
-            eval_dataset=_dataset(validation) if validation is not None else None,
-            processing_class=loaded.tokenizer,
-            peft_config=lora_config(options),
-            callbacks=_callbacks(options, reporter),
-        )
-    except ValueError as e:
-        if "target modules" in str(e).lower() or "layers_to_transform" in str(e):
-            raise UserError(f"--targets {options.targets}: they match nothing in this model's layers ({e}).") from e
-        raise
+    _check_targets(loaded.model, options)
+    trainer = SFTTrainer(
+        model=loaded.model,
+        args=_arguments(loaded, out, options, validation is not None),
+        train_dataset=_dataset(rows),
+        eval_dataset=_dataset(validation) if validation is not None else None,
+        processing_class=loaded.tokenizer,
+        peft_config=lora_config(options),
+        callbacks=_callbacks(options, reporter),
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _check_targets(model: Any, options: TuneOptions) -> None:
+    """Raise UserError for a target that names no module, and for block numbers that the model has not."""
+    targets = [t.strip() for t in options.targets.split(",") if t.strip()]
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}
+    strange = [t for t in targets if t.rsplit(".", 1)[-1] not in names and t != "all-linear"]
+    if strange or not targets:
+        raise UserError(f"--targets {options.targets!r}: no module is named so.{nearest(''.join(strange[:1]), names)}")
+    depth = int(model.config.get_text_config().num_hidden_layers)
+    if options.layers and any(k >= depth for k in lora_config(options).layers_to_transform):
+        raise UserError(f"--layers {options.layers}: this model has blocks 0 to {depth - 1}.")
 
 
 def lora_config(options: TuneOptions) -> Any:

@@ -48,7 +48,7 @@ def run(out: Path, retrain: bool, reporter: Reporter) -> Scores:
     adapter = _retrained(out, reporter) if retrain else ADAPTER
     print("Asking the model, without and with the adapter…")
     queries = ask(adapter, out / "queries.jsonl")
-    store = index(MODEL, TRAIN, out / "index", str(adapter), reporter=reporter)
+    store = index(MODEL, TRAIN, out / ("index-retrained" if retrain else "index"), str(adapter), reporter=reporter)
     scores = trace(store, out / "queries.jsonl", methods=METHODS, reporter=reporter)
     print_found(found(scores))
     for path in scores.save(out):

@@ -78,6 +78,8 @@ def parse(spec: str) -> Method:
         key, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"method {spec!r}: options are written {name}:option=value, found {part!r}.")
+        if not value.strip() or key.strip() in options:
+            raise UserError(f"method {spec!r}: the option {key.strip()!r} has no value, or two.")
         options[key.strip()] = _value(value.strip())
     return create(name.strip(), **options)
 
@@ -94,7 +96,7 @@ def _value(text: str) -> int | float | str:
 def parse_list(text: str) -> list[str]:
     """`a,b:x=1,y=2,c` to `["a", "b:x=1,y=2", "c"]`: a part with `=` but no `:` belongs to the method before."""
     specs: list[str] = []
-    for part in filter(None, (p.strip() for p in text.split(","))):
+    for part in filter(None, (p.strip().rstrip(":") for p in text.split(","))):
         if "=" in part and ":" not in part and specs:
             specs[-1] += f",{part}"
         else:

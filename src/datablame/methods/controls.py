@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -32,6 +32,10 @@ class Random:
 
     needs: ClassVar[str] = "texts"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UserError(f"random: seed={self.seed!r}; use a whole number from 0.")
 
     def fit(self, train: Sequence[Text]) -> Self:
         """Count the rows."""
@@ -117,13 +121,12 @@ class Verbatim:
         return torch.from_numpy(scores)
 
 
-def _runs(a: Sequence[int], b: Int[np.ndarray, " b"]) -> list[Int[np.ndarray, " b"]]:
+def _runs(a: Sequence[int], b: Int[np.ndarray, " b"]) -> Iterator[Int[np.ndarray, " b"]]:
     """For every position of `a`: at each position of `b`, how long a span ends at both."""
-    runs, run = [], np.zeros(len(b), dtype=np.int64)
+    run = np.zeros(len(b), dtype=np.int64)
     for word in a:
         run = np.where(b == word, np.concatenate(([0], run[:-1])) + 1, 0) if len(b) else run
-        runs.append(run)
-    return runs
+        yield run
 
 
 def shared_spans(response: str, row: str, least: int = 3) -> list[tuple[int, int]]:

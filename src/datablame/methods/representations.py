@@ -22,8 +22,10 @@ _NAME = re.compile(r"(\d+)\.(prompt|response)\.(last|mean)")
 class RepSim:
     """Cosine of hidden states, from -1 to 1 (paper, section 3).
 
-    layer: a number, `middle` or `last` (after the final norm); text: `prompt`, or `response`, whose hidden
-    states have seen the prompt too; token: `last` or `mean` over the response (the default for a response).
+    layer: a number, `middle` (of the layers kept, the nearest to it) or `last` (after the final norm).
+    text: `prompt`, or `response`, whose hidden states have seen the prompt too.
+    token: `last`, or `mean` over the response (its default). The last token of a response is the last one that
+    training labelled: with many chat templates the newline after the end of turn.
     The paper's variant is `repsim:layer=last,text=prompt`.
 
     The input is `{"LAYER.TEXT.TOKEN": [n, d]}`; a mapping with a single block is taken as it is.
@@ -62,7 +64,8 @@ class RepSim:
         if not layers:
             raise UserError(f"repsim: no hidden states among {blocks[:4]}; blocks are named LAYER.TEXT.TOKEN.")
         # An index always keeps the last layer, so the highest number is the model's depth.
-        layer = {"last": layers[-1], "middle": layers[-1] // 2}.get(str(self.layer), self.layer)
+        middle = min(layers, key=lambda k: abs(k - layers[-1] // 2))
+        layer = {"last": layers[-1], "middle": middle}.get(str(self.layer), self.layer)
         name = f"{layer}.{self.text}.{self.token}"
         if name not in blocks:
             raise UserError(f"repsim: layer {layer} is not in this index; it holds {layers}. Index with --layers.")
