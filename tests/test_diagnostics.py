@@ -14,6 +14,7 @@ from datablame.diagnostics import (
     hubs,
     query_independent_share,
     rank_correlation,
+    standing_out,
     top_overlap,
     top_size,
     verdict,
@@ -70,6 +71,21 @@ def test_overlap_and_hubs() -> None:
     assert top_overlap(a, a) == 1
     assert [top_size(n) for n in (1, 7, 8, 40, 900)] == [1, 1, 2, 10, 10]
     assert hubs(np.array([[0.0, 1, 0], [0, 2, 1], [5, 0, 0]])) == (1, 2)
+
+
+def test_top_rows_stand_out_from_noise_or_not() -> None:
+    noise = RNG.normal(size=(400, 100))
+    assert standing_out(noise).mean() == pytest.approx(1, abs=0.02)  # by definition
+    planted = noise.copy()
+    planted[:, :10] += 4
+    assert standing_out(planted).min() > 1.1
+    np.testing.assert_allclose(standing_out(7 * noise - 3), standing_out(noise))
+    few = noise[:4] * 1.0
+    few[3] = planted[3]
+    warned = sentences(make({"mine": few[:, :]}), "warning", "mine")
+    assert "For 3 of 4 queries its top 10 do not stand out" in warned or "For 2 of 4" in warned
+    assert "q3" not in warned
+    assert "stand out from the others" in sentences(make({"mine": planted[:4]}), "good", "mine")
 
 
 def sentences(scores: Scores, level: str, method: str | None = None) -> str:

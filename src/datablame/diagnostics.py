@@ -82,6 +82,22 @@ def top_overlap(a: Matrix, b: Matrix, k: int | None = None) -> float:
     return float(np.mean([len(np.intersect1d(p, q)) / k for p, q in zip(*best, strict=True)]))
 
 
+def standing_out(scores: Matrix) -> Float[np.ndarray, " m"]:
+    """How far the top rows stand above all, relative to noise: 1 = as far as the top of normal random numbers.
+
+    For each query the mean of the `top_size` highest scores, in standard deviations above the mean, divided by
+    what n independent normal numbers would give (Blom's approximation of their order statistics).
+    """
+    from scipy.stats import norm
+
+    n = scores.shape[1]
+    k = top_size(n)
+    noise = norm.ppf((n - np.arange(k) - 0.375) / (n + 0.25)).mean()
+    spread = np.maximum(scores.std(axis=1), np.finfo(float).tiny)
+    top = np.sort(scores, axis=1)[:, n - k :].mean(axis=1)
+    return (top - scores.mean(axis=1)) / spread / max(noise, np.finfo(float).tiny)
+
+
 def base_name(method: str) -> str:
     """`repsim:layer=3` -> `repsim`."""
     return method.split(":")[0]
@@ -129,6 +145,7 @@ def _one_method(scores: Scores, method: str) -> list[Finding]:
             + (": it mostly tells which rows are loud, unless all queries ask the same thing." if share > 0.5 else ".")
         )
         findings.append(Finding(level, sentence, method, {"query_independent_share": share, "unrelated": 1 / m}))
+    findings += _flat(scores, method)
     position, count = hubs(v)
     if m >= 4 and count > m / 2:
         sentence = f"Training row {scores.train[position].id} is the top example of {count} of {m} queries (a hub)."
@@ -137,6 +154,23 @@ def _one_method(scores: Scores, method: str) -> list[Finding]:
         if control in scores.controls and control != base_name(method):
             findings += _explained(method, v, control, scores.controls[control], words)
     return findings
+
+
+def _flat(scores: Scores, method: str) -> list[Finding]:
+    n, m = len(scores.train), len(scores.queries)
+    if n < 20:
+        return []
+    ratio = standing_out(scores.matrix(method))
+    flat = [str(q.id) for q, r in zip(scores.queries, ratio, strict=True) if r < 1.1]
+    numbers = {"flat_queries": len(flat), "queries": m, "standing_out": float(np.median(ratio))}
+    if not flat:
+        return [Finding("good", "For every query its top rows stand out from the others.", method, numbers)]
+    which = f"For {len(flat)} of {m} queries its top {top_size(n)} do" if m > 1 else f"Its top {top_size(n)} do"
+    sentence = (
+        f"{which} not stand out: they lie no further above the other rows than the top of as many random numbers"
+        + (f" ({', '.join(flat[:5])}{'…' if len(flat) > 5 else ''})." if m > 1 else ".")
+    )
+    return [Finding("warning" if 2 * len(flat) >= m else "note", sentence, method, numbers)]
 
 
 def _explained(method: str, v: Matrix, control: str, c: Matrix, words: str) -> list[Finding]:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -150,7 +151,8 @@ def _csp_hash(script: str) -> str:
 
 
 def _facts(scores: Scores) -> list[tuple[str, str]]:
-    named = [(word, scores.settings.get(word.lower())) for word in ("Model", "Adapter")]
+    # The table of settings below has the whole paths.
+    named = [(word, _last(scores.settings.get(word.lower()))) for word in ("Model", "Adapter")]
     return [
         *((word, str(value)) for word, value in named if value),
         ("Training rows", f"{len(scores.train):,}"),
@@ -188,6 +190,11 @@ def _agreement(scores: Scores) -> list[tuple[str, list[tuple[str, str, float]]]]
             cell = (f"{rho:.2f}", overlap, round(rho, 2)) if math.isfinite(rho) else ("–", overlap, 0.0)
             table[a, b] = table[b, a] = cell
     return [(a, [table[a, b] for b in names]) for a in names]
+
+
+def _last(place: Any) -> Any:
+    """The last part of a local path; a hub id as it is."""
+    return PurePath(place).name if isinstance(place, str) and PurePath(place).is_absolute() else place
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
