@@ -2,11 +2,12 @@
 
     python benchmarks/capture.py --train grammars.train.jsonl --json benchmarks/results/capture.json
 
-Three ways over the same rows, alternating within one run, unpadded tokens counted for all three:
+Four ways over the same rows, alternating within one run, unpadded tokens counted for all:
   capture  datablame: batched, every row's gradient of every LoRA weight and its hidden states kept
   plain    the same batches and the same loss, forward and backward, nothing kept per row
-  loop     one row at a time, logits at all positions, the gradients read from the weights (the loop of the
-           paper's code, without its padding to 128 tokens, which would make it slower still)
+  loop     the loop of the paper's code: one row at a time, padded to 128 tokens, logits at all positions, the
+           gradients read from the weights
+  bare     the same loop without the padding
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 import record
 from datablame.blocks import select_blocks
 from datablame.capture import Batch, capture, labelled_only, parse_layers, plan_batches
-from datablame.encoding import Encoded, Encoding, encode_rows
+from datablame.encoding import IGNORED, Encoded, Encoding, encode_rows
 from datablame.examples import load_examples
 from datablame.indexing import quiet_libraries
 from datablame.models import ModelSpec, load
@@ -40,15 +41,32 @@ def plain(model: Any, rows: list[Encoded], batch_tokens: int) -> None:
         model.zero_grad()
 
 
-def loop(model: Any, rows: list[Encoded], weights: list[torch.nn.Parameter]) -> torch.Tensor:
-    """One row at a time; `[n, D]`."""
+def loop(model: Any, rows: list[Encoded], weights: list[torch.nn.Parameter], length: int = 0) -> torch.Tensor:
+    """One row at a time, padded on the left to `length`; `[n, D]`."""
     kept = torch.zeros(len(rows), sum(w.numel() for w in weights))
     for i, row in enumerate(rows):
         model.zero_grad()
-        ids, labels = torch.tensor([row.input_ids]), torch.tensor([row.labels])
-        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+        pad = max(0, length - len(row.input_ids))
+        ids = torch.tensor([[0] * pad + row.input_ids])
+        labels = torch.tensor([[IGNORED] * pad + row.labels])
+        mask = torch.tensor([[0] * pad + [1] * len(row.input_ids)])
+        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         kept[i] = torch.cat([w.grad.flatten() for w in weights])  # type: ignore[union-attr]
     return kept
+
+
+def trainable(model: Any, weights: list[torch.nn.Parameter], run: Callable[[], Any]) -> Callable[[], Any]:
+    """`run` with the LoRA weights trainable, as in a training pass."""
+
+    def wrapped() -> None:
+        for w in weights:
+            w.requires_grad_(True)
+        run()
+        model.zero_grad()
+        for w in weights:
+            w.requires_grad_(False)
+
+    return wrapped
 
 
 def main() -> None:
@@ -68,21 +86,11 @@ def main() -> None:
     layers = parse_layers(model)
     weights = [module.weight for module in blocks.values()]
 
-    def trainable(run: Callable[[], Any]) -> Callable[[], Any]:
-        def wrapped() -> None:
-            for w in weights:
-                w.requires_grad_(True)
-            run()
-            model.zero_grad()
-            for w in weights:
-                w.requires_grad_(False)
-
-        return wrapped
-
     ways = {
         "capture": lambda: capture(model, rows, blocks, layers, batch_tokens=args.batch_tokens),
-        "plain": trainable(lambda: plain(model, rows, args.batch_tokens)),
-        "loop": trainable(lambda: loop(model, rows, weights)),
+        "plain": trainable(model, weights, lambda: plain(model, rows, args.batch_tokens)),
+        "loop": trainable(model, weights, lambda: loop(model, rows, weights, 128)),
+        "bare": trainable(model, weights, lambda: loop(model, rows, weights)),
     }
     memory: dict[str, float] = {}
     for name, run in ways.items():  # warm up; the peak so far belongs to the ways run so far
@@ -138,7 +146,7 @@ def summarise(seconds: dict[str, list[float]], tokens: int) -> dict[str, Any]:
     """Tokens a second (median) and the ratios within rounds (median, lowest, highest)."""
     rate = {name: round(tokens / statistics.median(s), 1) for name, s in seconds.items()}
     ratios = {}
-    for other in ("plain", "loop"):
+    for other in ("plain", "loop", "bare"):
         r = sorted(b / a for a, b in zip(seconds["capture"], seconds[other], strict=True))
         ratios[f"capture_over_{other}"] = {
             "median": round(statistics.median(r), 3),

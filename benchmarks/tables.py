@@ -45,7 +45,8 @@ def capture(r: dict[str, Any]) -> str:
     names = {
         "capture": "capture: all per-example gradients and hidden states",
         "plain": "plain batched forward and backward, nothing kept",
-        "loop": "one row at a time, all logits",
+        "loop": "one row at a time, padded to 128 tokens, all logits (the paper's code)",
+        "bare": "the same loop without the padding",
     }
     for way, words in names.items():
         ratio_of = ratio.get(f"capture_over_{way}")
