@@ -74,8 +74,8 @@ def without_common(
     """Both with the training rows' k strongest directions projected out.
 
     The directions `W [D, k]` are the first right singular vectors of `G`, its mean *not* subtracted: `G ← G − G W Wᵀ`,
-    `V ← V − V W Wᵀ`. In float64, so that what a strong direction hides is kept; returned in the features' dtype.
-    A row of which nothing but rounding is left becomes exactly zero.
+    `V ← V − V W Wᵀ`. Returned in float64: rounded to float32, the rows would lie in the removed directions again, where
+    H is λ and its inverse large. A row of which nothing but rounding is left becomes exactly zero.
     """
     import torch
 
@@ -99,11 +99,10 @@ def _project(x: Float[Tensor, "n D"], w: Float[Tensor, "D k"], scale: Tensor) ->
     import torch
 
     xw = product(x, w.T)
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.float64)
     length = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for part, x_c in columns(x):
-        rest = x_c - xw @ w[part].T
+        out[:, part] = rest = x_c - xw @ w[part].T
         length += rest.square().sum(dim=1)
-        out[:, part] = rest.to(x.dtype)
     out[length.sqrt() <= 1e-12 * scale] = 0
     return out

@@ -196,9 +196,10 @@ class _Joint:
         if self.sums is not None:
             k0, q0, vv, k2 = self.sums
             s = dual(k0, q0, vv, self.width)
-            s.metric = s.y.T @ k2 @ s.y if theta else None
+            u = s.y * (s.weight > 0)
+            s.metric = u.T @ k2 @ u if theta else None
             return s
-        scale = torch.cat([torch.full((g.shape[1],), mean).double() for g, _, mean in self.rows]).rsqrt()
+        scale = torch.cat([torch.full((g.shape[1],), 1 / mean**0.5, dtype=torch.float64) for g, _, mean in self.rows])
         g0, v0 = (torch.cat([row[i].double() for row in self.rows], dim=1) * scale for i in (0, 1))  # type: ignore[union-attr]
         s, w = primal(g0, v0, gram(g0.T) / len(g0))
         s.metric = w.T @ (scale.square()[:, None] * w) if theta else None

@@ -25,11 +25,11 @@ Form = Literal["auto", "dual", "primal"]
 
 @dataclass
 class Spectrum:
-    """Scores are `(x · f) yᵀ` with f of `sigma + λ`.
+    """Scores are `(x · f) yᵀ` with f at `sigma + λ`.
 
-    sigma `[r]`, eigenvalues of GᵀG/n · x `[m, r]`, y `[n, r]` · weight `[r]`: the training row's squared
-    coordinates are `y² weight` · mean: trace(GᵀG/n)/D, the unit of damping · metric: `[r, r]` for θ-RelatIF where
-    the coordinates were scaled; `weight` on the diagonal otherwise.
+    sigma `[r]`: eigenvalues of GᵀG/n · x `[m, r]`, y `[n, r]` · weight `[r]`: `y² weight` are a training row's
+    squared coordinates · mean: trace(GᵀG/n)/D, the unit of damping · vv `[m]`, gg `[n]`: squared lengths of the
+    rows · metric `[r, r]`: what θ-RelatIF measures with where the coordinates were scaled, else diag(weight).
     """
 
     sigma: Float[Tensor, " r"]
@@ -38,6 +38,7 @@ class Spectrum:
     weight: Float[Tensor, " r"]
     mean: float
     vv: Float[Tensor, " m"]
+    gg: Float[Tensor, " n"]
     metric: Float[Tensor, "r r"] | None = None
 
     def scores(self, f: Float[Tensor, " r"]) -> Float[Tensor, "m n"]:
@@ -48,17 +49,16 @@ class Spectrum:
         """Squared norm of each training row: `g_i f(H) g_i` for l-RelatIF, `‖f(H) g_i‖²` for θ-RelatIF."""
         if relatif is None:
             return None
-        if relatif == "l":
-            return self.y.square() @ (self.weight * f)
         z = self.y * f
-        return z.square() @ self.weight if self.metric is None else ((z @ self.metric) * z).sum(dim=1)
+        if relatif == "l":
+            norms = (z * self.y) @ self.weight
+        else:
+            norms = z.square() @ self.weight if self.metric is None else ((z @ self.metric) * z).sum(dim=1)
+        return norms.where(self.gg > 0, 0.0)  # U has entries of 1e-17 where a row is zero
 
     def residual(self, p: Float[Tensor, " r"], outside: float) -> Float[Tensor, " m"]:
         """`‖p(H) v‖/‖v‖` with p at `sigma + λ`, and its value at λ for the part of v outside the span."""
-        import torch
-
-        real = self.weight > torch.finfo(torch.float64).eps * len(self.y) * self.weight.max()
-        inside = self.x.square() / self.weight.where(real, 1.0) * real
+        inside = (self.x.square() / self.weight).where(self.weight > 0, 0.0)
         rest = (self.vv - inside.sum(dim=1)).clamp_min(0)
         return relative(inside @ p.square() + rest * outside**2, self.vv)
 
@@ -87,8 +87,15 @@ def dual(k: Float[Tensor, "n n"], q: Float[Tensor, "m n"], vv: Float[Tensor, " m
 
     n = len(k)
     values, u = torch.linalg.eigh(k)
-    values = values.clamp_min(0)
-    return Spectrum(values / n, q @ u, u, values, float(k.trace()) / (n * d), vv)
+    values = resolved(values)
+    return Spectrum(values / n, q @ u, u, values, float(k.trace()) / (n * d), vv, k.diagonal())
+
+
+def resolved(values: Float[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """Eigenvalues, 0 where they are rounding: where the inverse is large their share of it would be noise."""
+    import torch
+
+    return values.where(values > len(values) * torch.finfo(torch.float64).eps * values.max(), 0.0)
 
 
 def primal(
@@ -98,6 +105,7 @@ def primal(
     import torch
 
     values, w = torch.linalg.eigh(h)
-    values = values.clamp_min(0)
     x, y = product(v, w.T), product(g, w.T)
-    return Spectrum(values, x, y, torch.ones_like(values), float(h.trace()) / len(h), squares(v)), w
+    return Spectrum(
+        resolved(values), x, y, torch.ones_like(values), float(h.trace()) / len(h), squares(v), squares(g)
+    ), w
