@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-import datablame
 import record
 from datablame.examples import Example
+from datablame.methods import parse
 from datablame.store import FeatureStore, check_disk
 
 
@@ -65,7 +65,7 @@ def main() -> None:
         own = torch.Generator().manual_seed(0)
         query = {str(i): torch.randn(args.queries, args.width, generator=own) for i in range(args.blocks)}
         lap("queries")
-        scores = datablame.methods.parse(args.method).fit(store.features("gradients")).score(query)
+        scores = parse(args.method).fit(store.features("gradients")).score(query)
         lap("score")
     finally:
         if not args.keep:

@@ -25,8 +25,8 @@ from torch import Tensor
 import record
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-import datablame
 import oracles
+from datablame.methods import parse
 
 SHAPES = {"q_proj.A": (4, 576), "q_proj.B": (576, 4), "v_proj.A": (4, 576), "v_proj.B": (192, 4)}
 METHODS = {
@@ -89,10 +89,10 @@ def main() -> None:
     args = parser.parse_args()
     train, query = features(args.rows, args.layers, 1), features(args.queries, args.layers, 2)
     rows, queries = as_rows(train, args.rows), as_rows(query, args.loop_queries)
-    timed(lambda: datablame.methods.parse("graddot").fit(train).score(query))  # wakes the threads
+    timed(lambda: parse("graddot").fit(train).score(query))  # wakes the threads
     results = {}
     for name, (spec, product) in METHODS.items():
-        seconds, ours = timed(lambda spec=spec: datablame.methods.parse(spec).fit(train).score(query), args.rounds)  # type: ignore[misc]
+        seconds, ours = timed(lambda spec=spec: parse(spec).fit(train).score(query), args.rounds)  # type: ignore[misc]
         subset, theirs = timed(lambda product=product: torch.stack([loop(product, rows, q) for q in queries]))  # type: ignore[misc]
         whole = subset * args.queries / args.loop_queries
         got = ours[: args.loop_queries]
@@ -118,7 +118,7 @@ def beside(train: dict[str, Tensor], query: dict[str, Tensor]) -> dict[str, floa
     """Seconds of the methods that the released code does not have."""
     out = {}
     for spec in BESIDE:
-        out[spec] = round(timed(lambda spec=spec: datablame.methods.parse(spec).fit(train).score(query))[0], 2)  # type: ignore[misc]
+        out[spec] = round(timed(lambda spec=spec: parse(spec).fit(train).score(query))[0], 2)  # type: ignore[misc]
         print(f"{spec:12} {out[spec]:7.2f} s", flush=True)
     return out
 
