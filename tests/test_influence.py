@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,58 +10,12 @@ import torch
 from torch import Tensor
 
 import oracles
-from datablame import methods as registry
 from datablame.errors import UserError
 from datablame.methods import create, parse
 from datablame.methods import lissa as lissa_module
+from gradient_cases import CASES, INFLUENCE, OPTIONS, case, error, quiet, rows, spelt
 
-Blocks = dict[str, Tensor]
 DAMPINGS = [1e-6, 1e-4, 1e-2, 0.1, 1.0, 1e2, 1e5]
-
-
-def rows(n: int, sizes: tuple[int, ...], seed: int, common: float = 0.0) -> Blocks:
-    """Gradients of very unequal blocks; `common` times one fixed direction of each, in every row."""
-    g = torch.Generator().manual_seed(seed)
-    c = torch.Generator().manual_seed(99)
-    out = {}
-    for i, d in enumerate(sizes):
-        shared = torch.randn(1, d, generator=c, dtype=torch.float64)
-        out[f"b{i}"] = (torch.randn(n, d, generator=g, dtype=torch.float64) + common * shared) * 10.0 ** (i - 1)
-    return out
-
-
-def case(name: str) -> tuple[Blocks, Blocks]:
-    """(training rows, queries) of one point of the grid."""
-    common = 300.0 if name == "common" else 0.0
-    sizes, n = {
-        "one block, n < D": ((14,), 6),
-        "one block, n > D": ((4,), 9),
-        "n < D": ((12, 9, 20), 6),
-        "n > D": ((5, 3, 6), 20),
-        "mixed": ((5, 12, 20), 8),
-    }.get(name, ((5, 12, 20), 8))
-    train, query = rows(n, sizes, 0, common), rows(3, sizes, 1, common)
-    for g in train.values():
-        if name == "duplicates":
-            g[2:5] = g[1]
-        if name == "zero row":
-            g[3] = 0
-    if name == "zero block":
-        train["b1"].zero_()
-    return train, query
-
-
-CASES = [
-    "one block, n < D",
-    "one block, n > D",
-    "n < D",
-    "n > D",
-    "mixed",
-    "duplicates",
-    "zero row",
-    "zero block",
-    "common",
-]
 OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "exact-block": oracles.dense_operator,
     "exact-block:form=dual": oracles.dense_operator,
@@ -76,27 +29,9 @@ OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """The largest difference over the largest score."""
-    return float((got - want).abs().max() / want.abs().max())
-
-
 def tolerance(damping: float) -> float:
     """Dense inverses lose as many digits as H's condition number, about n·D/damping, has."""
     return max(1e-10, 1e-12 / damping)
-
-
-def quiet(spec: str, train: Blocks, query: Blocks, **options: object) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return create_from(spec, **options).fit(train).score(query)
-
-
-def create_from(spec: str, **options: object) -> registry.Method:
-    method = parse(spec)
-    for k, v in options.items():
-        setattr(method, k, v)
-    return method
 
 
 @pytest.mark.parametrize("damping", DAMPINGS)
@@ -217,6 +152,13 @@ def test_recursion_closed_form_and_vectors_agree_with_the_residual(
         torch.testing.assert_close(method.residual[0.1], torch.stack(residuals, 1), rtol=1e-6, atol=1e-6)
 
 
+def test_the_sum_of_steps_is_exact_for_every_step() -> None:
+    p = torch.tensor([0.0, 1e-14, 1e-7, 0.3, 1.0, 1.7, 2.0, -0.01], dtype=torch.float64)
+    for steps in (0, 1, 2, 9, 10):
+        want = sum((1 - p) ** j for j in range(steps + 1))
+        torch.testing.assert_close(lissa_module.steps_sum(p, steps), want, rtol=1e-13, atol=1e-15)  # type: ignore[arg-type]
+
+
 def test_a_step_that_diverges_is_an_error() -> None:
     train, query = case("mixed")
     top = float(torch.linalg.eigvalsh(train["b2"].T @ train["b2"] / 8)[-1])
@@ -232,13 +174,6 @@ def test_a_step_that_diverges_is_an_error() -> None:
 
 
 # ---------------------------------------------------------------- properties
-
-INFLUENCE = ["exact", "exact-block", "datainf", "lissa", "lissa:steps=inf"]
-OPTIONS = ["", "relatif=l", "relatif=theta", "center=true", "center=2"]
-
-
-def spelt(spec: str, option: str) -> str:
-    return f"{spec}{',' if ':' in spec else ':'}{option}" if option else spec
 
 
 @pytest.mark.parametrize("spec", [*INFLUENCE, "graddot", "gradcos"])
@@ -321,132 +256,3 @@ def test_the_cheap_way_and_the_gram_give_the_same_datainf() -> None:
         [create("datainf").fit(train).score({b: v[i : i + 1] for b, v in query.items()}) for i in range(21)]
     )
     torch.testing.assert_close(one, full, rtol=1e-9, atol=1e-9)
-
-
-# ---------------------------------------------------------------- options
-
-
-@pytest.mark.parametrize("sizes", [(40, 25), (6, 5)])
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_centring_projects_out_the_training_rows_strongest_directions(sizes: tuple[int, ...], k: int) -> None:
-    train, query = rows(9, sizes, 0, 50.0), rows(3, sizes, 1, 50.0)
-    projected = []
-    for f in (train, query):
-        w = {b: torch.linalg.svd(g, full_matrices=False).Vh[:k].T for b, g in train.items()}
-        projected.append({b: x - x @ w[b] @ w[b].T for b, x in f.items()})
-    for spec in ("graddot", "gradcos", "gradcos:over=row", "exact", "datainf", "lissa", "exact-block:relatif=theta"):
-        got = parse(spelt(spec, f"center={k}")).fit(train).score(query)
-        assert error(got, parse(spec).fit(projected[0]).score(projected[1])) < 1e-7
-    assert torch.equal(
-        create("graddot", center=True).fit(train).score(query), create("graddot", center=1).fit(train).score(query)
-    )
-    assert torch.equal(parse("graddot:center=false").fit(train).score(query), create("graddot").fit(train).score(query))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_centring_of_equal_rows_leaves_zero_not_rounding(dtype: torch.dtype) -> None:
-    train = {"a": torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).to(dtype).repeat(6, 1)}
-    train["a"][2] = 0
-    for spec in ("graddot", "gradcos", "datainf"):
-        assert not quiet(spec, train, {"a": train["a"] * 3}, center=1).any()
-    with pytest.warns(UserWarning, match="zero gradients after centring"):
-        create("exact", center=1).fit(train).score(train)
-
-
-def test_ranks_and_votes_over_blocks() -> None:
-    train = {"a": torch.tensor([[1.0], [2.0], [2.0], [5.0]]), "b": torch.tensor([[9.0], [7.0], [8.0], [-1.0]])}
-    train["zero"] = torch.zeros(4, 2)
-    query = {"a": torch.ones(1, 1), "b": torch.tensor([[1e6]]), "zero": torch.ones(1, 2)}
-    ranks = parse("graddot:aggregate=rank").fit(train).score(query)[0] * 4 * 3
-    assert ranks.tolist() == pytest.approx([0.5 + 3.5, 2 + 1.5, 2 + 2.5, 3.5 + 0.5])
-    assert parse("graddot:aggregate=vote").fit(train).score(query)[0].tolist() == pytest.approx([1 / 3, 0, 0, 1 / 3])
-    many = {"a": torch.arange(20.0)[:, None]}
-    assert parse("graddot:aggregate=vote").fit(many).score({"a": torch.ones(1, 1)}).sum() == 2
-    # A block is a method by itself: RelatIF divides it by its own norms.
-    got = parse("graddot:aggregate=rank,relatif=l").fit({"a": train["a"][3:], "b": train["b"][3:]})
-    assert got.score({"a": torch.ones(1, 1), "b": torch.ones(1, 1)}).tolist() == [[0.5]]
-
-
-def test_graddot_relatif_is_the_gradient_norm() -> None:
-    train, query = case("zero row")
-    g, v = (torch.cat(list(x.values()), dim=1) for x in (train, query))
-    want = torch.where(g.norm(dim=1) > 0, v @ g.T / g.norm(dim=1), 0.0)
-    for relatif in ("l", "theta"):
-        torch.testing.assert_close(create("graddot", relatif=relatif).fit(train).score(query), want)
-
-
-def test_wrong_options_are_errors() -> None:
-    for bad, message in {
-        "exact:aggregate=rank": "exact: aggregate='rank': all blocks are solved jointly",
-        "exact:damping=0": "exact: damping=0; use a number above 0",
-        "exact:damping=nan": "above 0",
-        "exact-block:relatif=both": "exact-block: relatif='both'; use l or theta",
-        "exact-block:form=wide": "use auto, dual or primal",
-        "graddot:aggregate=mean": "use sum, rank or vote",
-        "graddot:center=-1": "center=-1",
-        "graddot:center=mean": "true, false or a whole number",
-        "gradcos:over=row,aggregate=vote": "has no blocks",
-        "lissa:steps=1.5": "whole number or inf",
-        "lissa:steps=-1": "whole number or inf",
-        "lissa:steps=nan": "whole number or inf",
-        "lissa:alpha=-1": "alpha=-1",
-        "lissa:protocol=paper,alpha=1": "fixes alpha",
-        "lissa:protocol=paper,steps=inf": "never converges",
-        "lissa:protocol=other": "use sound or paper",
-    }.items():
-        with pytest.raises(UserError, match=message):
-            parse(bad)
-    with pytest.raises(UserError, match="above 0"):
-        create("exact").fit(case("mixed")[0]).sweep(case("mixed")[1], [0.1, -1])
-
-
-# ---------------------------------------------------------------- degenerate input
-
-
-def gradient_methods() -> list[str]:
-    """Every method of the registry that takes gradients, and its options that change the arithmetic."""
-    specs = [n for n in registry.names() if registry.method_class(n).needs == "gradients"]
-    more = [f"{n}:{o}" for n in ("exact", "exact-block", "datainf", "lissa", "graddot") for o in OPTIONS if o]
-    return [*specs, *more, "lissa:steps=inf", "lissa:protocol=paper", "gradcos:center=1", "exact-block:aggregate=vote"]
-
-
-G = torch.Generator().manual_seed(0)
-LOW = torch.randn(6, 2, generator=G) @ torch.randn(2, 9, generator=G)
-DEGENERATE = {
-    "all rows equal": {"a": torch.ones(6, 4), "b": torch.full((6, 9), 0.1)},
-    "zero gradients": {"a": torch.zeros(6, 4), "b": torch.zeros(6, 9)},
-    "a zero block": {"a": torch.zeros(6, 4), "b": LOW},
-    "n = 1": {"a": torch.ones(1, 4), "b": LOW[:1]},
-    "n = 1, one number": {"a": torch.full((1, 1), 3.0)},
-    "rank-deficient": {"a": LOW[:, :4], "b": LOW},
-    "huge": {"a": LOW * 1e18},
-    "tiny": {"a": LOW * 1e-18},
-    "not finite": {"a": torch.tensor([[1.0, 2.0], [math.nan, 1.0]])},
-}
-
-
-@pytest.mark.parametrize("name", list(DEGENERATE))
-@pytest.mark.parametrize("spec", gradient_methods())
-def test_degenerate_input_gives_a_clear_error_or_finite_scores(spec: str, name: str) -> None:
-    train = DEGENERATE[name]
-    query = {b: torch.ones(2, g.shape[1]) for b, g in train.items()}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            got = parse(spec).fit(train).score(query)
-        except UserError as e:
-            said, got = str(e), None
-    refused = name == "not finite" or (name == "huge" and "protocol=paper" in spec)
-    if refused:
-        assert got is None
-        assert "block 'a'" in said
-        return
-    assert got is not None, said
-    assert torch.isfinite(got).all()
-    assert got.shape == (2, len(train["a"]))
-    said = [str(w.message) for w in caught]
-    damped = hasattr(registry.method_class(spec.split(":")[0]), "sweep")
-    if name in ("zero gradients", "a zero block") and damped:
-        assert any("zero gradients" in s and "'a'" in s for s in said)
-    if name == "zero gradients":
-        assert not got.any()

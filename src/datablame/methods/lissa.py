@@ -154,10 +154,9 @@ class _Recursion:
 
     def largest(self) -> float:
         """The largest eigenvalue of GᵀG/n."""
-        from scipy.linalg import eigh
+        import torch
 
-        r = len(self.m) - 1
-        return float(eigh(self.m.numpy(force=True), eigvals_only=True, subset_by_index=[r, r])[0])
+        return float(torch.linalg.eigvalsh(self.m)[-1])
 
     def run(self, alpha: float, lam: float, steps: float, scale: float, relatif: str | None) -> tuple[Tensor, ...]:
         """Scores, None and residual after `steps` steps; r is multiplied by `scale`.
