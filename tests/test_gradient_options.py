@@ -149,3 +149,10 @@ def test_degenerate_input_gives_a_clear_error_or_finite_scores(spec: str, name: 
         assert any("zero gradients" in s and "'a'" in s for s in said)
     if name == "zero gradients":
         assert not got.any()
+
+
+def test_a_score_beyond_the_features_dtype_is_an_error() -> None:
+    train = {"a": torch.full((2, 3), 1e30)}
+    with pytest.raises(UserError, match="graddot: a score is not finite.*float32"):
+        create("graddot").fit(train).score(train)
+    assert torch.isfinite(create("exact-block").fit(train).score(train)).all()

@@ -56,11 +56,15 @@ class OnGradients:
         """The scores in the features' dtype. Raises UserError when one is not finite."""
         scores = scores.to(self.dtype)
         if not scores.isfinite().all():
-            raise UserError(
-                f"{type(self).__name__.lower()}: a score is not finite: the gradients are too large or too small "
-                f"for {str(self.dtype).removeprefix('torch.')}. Scale them, or index with --dtype float64."
+            raise self._error(
+                f"a score is not finite: the gradients are too large or too small for "
+                f"{str(self.dtype).removeprefix('torch.')}. Scale them, or index with --dtype float64."
             )
         return scores
+
+    def _error(self, what: str) -> UserError:
+        name = "exact-block" if type(self).__name__ == "ExactBlock" else type(self).__name__.lower()
+        return UserError(f"{name}: {what}")
 
 
 @dataclass(kw_only=True)
@@ -95,10 +99,6 @@ class GradientMethod(OnGradients):
         if getattr(self, option) not in allowed:
             *most, last = [a for a in allowed if a is not None]
             raise self._error(f"{option}={getattr(self, option)!r}; use {', '.join(most)} or {last}.")
-
-    def _error(self, what: str) -> UserError:
-        name = "exact-block" if type(self).__name__ == "ExactBlock" else type(self).__name__.lower()
-        return UserError(f"{name}: {what}")
 
 
 class Total:
