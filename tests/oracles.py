@@ -54,3 +54,89 @@ def hidden_alone(model: Any, rows: Sequence[Encoded], layer: int, kind: str) -> 
 def relative_error(a: Tensor, b: Tensor) -> float:
     """The largest ‖a−b‖/‖b‖ over rows."""
     return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
+
+
+# ---------------------------------------------------------------- influence, dense and as loops
+
+
+def mean_eigenvalue(g: Tensor) -> float:
+    """trace(GᵀG/n)/D: the unit of damping."""
+    return float(g.double().square().mean())
+
+
+def dense_operator(g: Tensor, damping: float) -> Tensor:
+    """`(GᵀG/n + λI)⁻¹` `[D, D]`."""
+    h = g.T @ g / len(g) + damping * mean_eigenvalue(g) * torch.eye(g.shape[1], dtype=g.dtype)
+    return torch.linalg.inv(h)
+
+
+def dense_joint(train: Mapping[str, Tensor], damping: float) -> Tensor:
+    """`(GᵀG/n + diag(λ_b))⁻¹` over whole rows."""
+    g = torch.cat(list(train.values()), dim=1)
+    lam = torch.cat([torch.full((x.shape[1],), damping * mean_eigenvalue(x), dtype=g.dtype) for x in train.values()])
+    return torch.linalg.inv(g.T @ g / len(g) + torch.diag(lam))
+
+
+def datainf_operator(g: Tensor, damping: float) -> Tensor:
+    """`mean_i (g_i g_iᵀ + λI)⁻¹`, every inverse formed outright."""
+    lam = damping * mean_eigenvalue(g)
+    eye = torch.eye(g.shape[1], dtype=g.dtype)
+    return torch.stack([torch.linalg.inv(torch.outer(x, x) + lam * eye) for x in g]).mean(0)
+
+
+def lissa_operator(g: Tensor, damping: float, steps: int, alpha: float | None = None) -> Tensor:
+    """`R` with `r = R v`, times α, after `steps` of `r ← v + (I − αH) r`."""
+    eye = torch.eye(g.shape[1], dtype=g.dtype)
+    h = g.T @ g / len(g) + damping * mean_eigenvalue(g) * eye
+    alpha = alpha or 1 / float(torch.linalg.eigvalsh(h)[-1])
+    r = eye
+    for _ in range(steps):
+        r = eye + r - alpha * h @ r
+    return alpha * r
+
+
+def lissa_vectors(g: Tensor, v: Tensor, lam: float, alpha: float, steps: int) -> tuple[Tensor, Tensor]:
+    """`r [m, D]` by the recursion on vectors, and `‖αHr − v‖/‖v‖ [m]`."""
+    r = v.clone()
+
+    def h(x: Tensor) -> Tensor:
+        return (x @ g.T) @ g / len(g) + lam * x
+
+    for _ in range(steps):
+        r = v + r - alpha * h(r)
+    return r, (alpha * h(r) - v).norm(dim=1) / v.norm(dim=1)
+
+
+def released_lambda(grads: Sequence[Tensor]) -> Tensor:
+    """Mean over examples and coordinates of g², over 10, one example at a time."""
+    s = torch.zeros(len(grads), dtype=grads[0].dtype)
+    for i, g in enumerate(grads):
+        s[i] = torch.mean(g**2)
+    return torch.mean(s) / 10
+
+
+def released_datainf(v: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """The released DataInf's product for one query and one weight, one training example at a time."""
+    lam = released_lambda(grads)
+    hvp = torch.zeros_like(v)
+    for g in grads:
+        c = torch.sum(v * g) / (lam + torch.sum(g**2))
+        hvp += (v - c * g) / (len(grads) * lam)
+    return hvp
+
+
+def released_lissa(v: Tensor, grads: Sequence[Tensor], steps: int = 10) -> Tensor:
+    """The released LiSSA's product for one query and one weight, wrong sign of λ included."""
+    lam = released_lambda(grads)
+    r = v
+    for _ in range(steps):
+        step = torch.zeros_like(v)
+        for g in grads:
+            step += (torch.sum(g * r) * g - lam * r) / len(grads) / 1000
+        r = v + r - step
+    return r
+
+
+def released_scores(hvp: Tensor, grads: Sequence[Tensor]) -> Tensor:
+    """`[n]`: the product with each training gradient of one weight."""
+    return torch.stack([torch.sum(hvp * g) for g in grads])

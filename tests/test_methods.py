@@ -211,7 +211,7 @@ def test_the_registry_reads_spellings() -> None:
     for bad, message in {
         "gradot": r"unknown method 'gradot'.*'graddot'",
         "gradcos:ovr=row": r"gradcos: unknown option 'ovr'.*'over'",
-        "graddot:x=1": "no options",
+        "length:x=1": "no options",
         "gradcos:row": "option=value",
         "gradcos:over=everything": "use block or row",
         "repsim:text=prompt,token=mean": "token='mean' of the prompt",

@@ -20,6 +20,10 @@ __all__ = ["BUILTIN", "Method", "Text", "create", "describe", "names", "parse", 
 BUILTIN = {
     "gradcos": "gradients:GradCos",
     "graddot": "gradients:GradDot",
+    "exact": "influence:Exact",
+    "exact-block": "influence:ExactBlock",
+    "datainf": "influence:DataInf",
+    "lissa": "lissa:LiSSA",
     "repsim": "representations:RepSim",
     "repsim-base": "representations:BaseRepSim",
     "bm25": "controls:BM25",
@@ -71,7 +75,7 @@ def create(name: str, **options: Any) -> Method:
 
 
 def parse(spec: str) -> Method:
-    """`name:option=value,option=value` to a method. Whole numbers and decimals become numbers."""
+    """`name:option=value,option=value` to a method. Whole numbers, decimals, true and false become such values."""
     name, _, rest = spec.partition(":")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):
@@ -85,6 +89,8 @@ def parse(spec: str) -> Method:
 
 
 def _value(text: str) -> int | float | str:
+    if text in ("true", "false"):
+        return text == "true"
     for kind in (int, float):
         try:
             return kind(text)

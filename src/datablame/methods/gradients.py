@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
-from datablame.errors import UserError
-from datablame.methods.base import check_blocks, check_finite, unit_rows
+from datablame.methods.base import unit_rows
+from datablame.methods.blockwise import RELATIF, GradientMethod, OnGradients, Total
+from datablame.methods.gram import squares
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -16,83 +16,69 @@ if TYPE_CHECKING:
     from datablame.methods.base import Blocks
 
 
-class _OnGradients:
-    """Keeps the training gradients and walks over blocks, one in memory at a time."""
-
-    needs: ClassVar[str] = "gradients"
-    train: Blocks
-
-    def fit(self, train: Blocks) -> Self:
-        """Take `{block: [n, D]}`. Raises UserError for an empty mapping."""
-        if not train:
-            raise UserError("there are no gradient blocks; this index holds hidden states only (use --blocks).")
-        self.train = train
-        return self
-
-    def pairs(self, query: Blocks) -> Iterator[tuple[Float[Tensor, "n D"], Float[Tensor, "m D"]]]:
-        """(G, V) of each block, checked."""
-        check_blocks(self.train, query)
-        for block in self.train:
-            yield check_finite(block, self.train[block]), check_finite(block, query[block])
-
-
-@dataclass
-class GradDot(_OnGradients):
+@dataclass(kw_only=True)
+class GradDot(GradientMethod):
     """`Σ_b V Gᵀ`: the dot product of gradients (GradSim of the paper, its section 3).
 
     A score is the drop of the query's loss, to first order, per unit of step along the row's gradient.
     It depends on the arbitrary scale between LoRA's A and B.
+
+    relatif: `l` or `theta` divides by the training row's gradient norm over all blocks (both are the same here:
+        the inverse Hessian is the identity). center, aggregate: see GradientMethod.
     """
+
+    relatif: Literal["l", "theta"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("relatif", RELATIF)
 
     def score(self, query: Blocks) -> Float[Tensor, "m n"]:
         """`[m, n]`; in squared loss per squared weight."""
-        total = None
-        for g, v in self.pairs(query):
-            q = v @ g.T
-            total = q if total is None else total + q
-        assert total is not None  # fit refused an empty mapping
-        return total
+        total = Total(self.aggregate)
+        for _, g, v in self.pairs(query):
+            total.add((v @ g.T).double(), squares(g) if self.relatif else None)
+        return self.finish(total.result())
 
 
 @dataclass
-class GradCos(_OnGradients):
+class GradCos(GradientMethod):
     """Cosine of gradients, from -1 to 1.
 
     over: `block` averages the cosines of the blocks (free of the scale between A and B), `row` takes the
         cosine of the whole row. A zero gradient has cosine 0 with everything.
+    center, aggregate: see GradientMethod; the `sum` over blocks is divided by their number.
     """
 
     over: Literal["block", "row"] = "block"
 
     def __post_init__(self) -> None:
-        if self.over not in ("block", "row"):
-            raise UserError(f"gradcos: over={self.over!r}; use block or row.")
+        super().__post_init__()
+        self._one_of("over", ("block", "row"))
+        if self.over == "row" and self.aggregate != "sum":
+            raise self._error(f"over=row has no blocks for aggregate={self.aggregate}; use over=block.")
 
     def score(self, query: Blocks) -> Float[Tensor, "m n"]:
         """`[m, n]`, between -1 and 1."""
         if self.over == "block":
-            return sum(unit_rows(v) @ unit_rows(g).T for g, v in self.pairs(query)) / len(self.train)  # type: ignore[return-value]
+            total = Total(self.aggregate)
+            for _, g, v in self.pairs(query):
+                total.add((unit_rows(v) @ unit_rows(g).T).double())
+            mean = total.blocks if self.aggregate == "sum" else 1
+            return self.finish(total.result() / mean)
         # Sums over blocks of very different size: in float64.
-        parts = [((v @ g.T).double(), _squares(v), _squares(g)) for g, v in self.pairs(query)]
+        parts = [((v @ g.T).double(), squares(v), squares(g)) for _, g, v in self.pairs(query)]
         dot, vv, gg = (sum(part[1:], part[0]) for part in zip(*parts, strict=True))
         norms = (vv[:, None] * gg[None, :]).sqrt()
-        return (dot / norms).where(norms > 0, 0.0).to(next(iter(query.values())).dtype)
+        return self.finish((dot / norms).where(norms > 0, 0.0))
 
 
 @dataclass
-class GradNorm(_OnGradients):
+class GradNorm(OnGradients):
     """Control: `‖g_i‖` over all blocks, the same for every query."""
 
     def score(self, query: Blocks) -> Float[Tensor, "m n"]:
         """`[m, n]` with equal rows."""
-        squares = [_squares(g) for g, _ in self.pairs(query)]
-        norms = sum(squares[1:], squares[0]).sqrt()
-        v = next(iter(query.values()))
-        return norms.to(v.dtype).expand(len(v), -1).clone()
-
-
-def _squares(x: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
-    """Squared length of each row, in float64."""
-    import torch
-
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
+        norms = sum(squares(g) for _, g, _ in self.pairs(query)).sqrt()  # type: ignore[union-attr]
+        m = len(next(iter(query.values())))
+        return self.finish(norms.expand(m, -1).clone())
