@@ -96,6 +96,25 @@ def test_tune_index_trace(run: Run, model_dir: Path, train_file: Path, tmp_path:
     assert "--method gradcos,repsim:text=prompt" in report  # the command to make it again
 
 
+def test_tune_leaves_other_peoples_files_alone(run: Run, model_dir: Path, train_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "project"
+    mine.mkdir()
+    (mine / "README.md").write_text("mine")
+    made = ("--model", model_dir, "--train", train_file, "--out", mine)
+    code, _, stderr = run("tune", *made)
+    assert code == 2
+    assert "not empty" in stderr
+    assert (mine / "README.md").read_text() == "mine"
+    code, _, stderr = run("tune", *made[:4], "--out", tmp_path / "bad", "--rate", 1e30)
+    assert code == 2
+    assert "diverged" in stderr
+    assert not list((tmp_path / "bad").glob("adapter*"))
+    code, _, stderr = run("tune", *made[:4], "--out", tmp_path / "good", "--epochs", 2, "--keep", 1)
+    assert code == 0, stderr
+    assert not list((tmp_path / "good").rglob("training_args.bin"))
+    assert [p.name for p in (tmp_path / "good").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
 def test_options_by_hand_come_on_top_of_the_adapters_record(
     run: Run, model_dir: Path, adapter_dir: Path, train_file: Path, tmp_path: Path
 ) -> None:
@@ -236,7 +255,6 @@ def test_every_error_is_one_sentence_and_exit_code_2(run: Run, built: Path, mode
         (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--targets", "c_attn"], "--targets"),
         (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--early-stop", 1], "--validation"),
         (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t", "--layers", 7], "blocks 0 to 2"),
-        (["tune", "--model", model_dir, "--train", train, "--out", tmp_path / "t2", "--rate", 1e30], "diverged"),
     ]
     for arguments, message in cases:
         code, _, stderr = run(*arguments)

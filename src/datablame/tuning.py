@@ -72,36 +72,44 @@ def tune(
     trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter)
     trainer.train()
     reporter.end()
-    trainer.save_model(str(out))
-    _name_base_model(out / "adapter_config.json", model)
-    loaded.tokenizer.save_pretrained(out)
-    record: dict[str, Any] = {
+    history = [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h]
+    _check_finite(trainer.model, history)
+    record = {
         "model": model,
         "model_sha256": loaded.model_sha256,
         "options": asdict(options),
         "encoding": asdict(encoder.options),
-        "history": [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h],
+        "history": history,
     }
+    trainer.save_model(str(out))
+    loaded.tokenizer.save_pretrained(out)
+    _name_base_model(out / "adapter_config.json", model)
     (out / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _check_finite(trainer.model, record["history"], out)
-    if options.keep == 0:
-        for checkpoint in out.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    for path in [
-        *out.rglob("training_args.bin"),
-        *out.rglob("README.md"),
-    ]:  # a pickle that nothing reads; an empty model card with local paths
-        path.unlink()
+    _tidy(out, options.keep)
     return record
 
 
-def _check_finite(model: Any, history: list[dict[str, Any]], out: Path) -> None:
+def _tidy(out: Path, keep: int) -> None:
+    """Drop what the trainer leaves and nobody reads: checkpoints beyond `keep`, pickles, model cards with paths.
+
+    `out` was empty before the training, so that nothing of the user's is in reach.
+    """
+    checkpoints = list(out.glob("checkpoint-*"))
+    if keep == 0:
+        for checkpoint in checkpoints:
+            shutil.rmtree(checkpoint)
+    for folder in [out, *(c for c in checkpoints if c.exists())]:
+        for name in ("training_args.bin", "README.md"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _check_finite(model: Any, history: list[dict[str, Any]]) -> None:
     """Raise UserError when the training has diverged: such an adapter says nothing."""
     import torch
 
     weights = all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad)
     if not weights or not all(math.isfinite(h.get("loss", 0.0)) for h in history):
-        raise UserError(f"the training diverged (a loss or weight is not finite); {out} is of no use. Lower --rate.")
+        raise UserError("the training diverged (a loss or weight is not finite); no adapter is written. Lower --rate.")
 
 
 def _name_base_model(config: Path, model: str) -> None:
@@ -111,8 +119,12 @@ def _name_base_model(config: Path, model: str) -> None:
 
 
 def _check(out: Path, options: TuneOptions, validation: str | Path | None) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is a file; name a directory.")
     if (out / "adapter_config.json").exists():
         raise UserError(f"--out {out}: there is an adapter already. Give a new directory, or delete it.")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: the directory is not empty. Give a new one.")
     if options.early_stop and not validation:
         raise UserError("--early-stop watches the validation loss: give --validation FILE too.")
     for name in ("rank", "alpha", "epochs", "rate", "batch"):
@@ -120,8 +132,6 @@ def _check(out: Path, options: TuneOptions, validation: str | Path | None) -> No
             raise UserError(f"--{name} {getattr(options, name)}: must be more than 0.")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: a whole number from 0.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a directory.")
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout {options.dropout}: from 0 up to, but not, 1.")
 
