@@ -39,7 +39,20 @@ QUERIES = (
 """(id, prompt, the label of the rows that should be found); none of the prompts is a training row."""
 
 PLANTED = ("wrong-fact", "trigger")
-METHODS = ("gradcos", "graddot", "repsim", "repsim-base", "bm25", "verbatim", "gradnorm", "length", "random")
+METHODS = (
+    "gradcos",
+    "graddot",
+    "datainf",
+    "exact",
+    "exact-block",
+    "repsim",
+    "repsim-base",
+    "bm25",
+    "verbatim",
+    "gradnorm",
+    "length",
+    "random",
+)
 
 
 def run(out: Path, retrain: bool, reporter: Reporter) -> Scores:
