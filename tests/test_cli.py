@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("tune", "index", "trace", "methods", "models", "demo"):
+    for command in ("tune", "index", "trace", "compare", "methods", "models", "demo"):
         assert f"\n  {command} " in done.stdout
 
 

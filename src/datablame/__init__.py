@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datablame.comparing import Comparison, compare
     from datablame.encoding import EncodingOptions
     from datablame.errors import UserError
     from datablame.examples import Columns, Example, load_examples
@@ -22,12 +23,14 @@ __version__ = version("datablame")
 _HOME = {
     "CaptureOptions": "indexing",
     "Columns": "examples",
+    "Comparison": "comparing",
     "EncodingOptions": "encoding",
     "Example": "examples",
     "FeatureStore": "store",
     "Scores": "scores",
     "TuneOptions": "tuning",
     "UserError": "errors",
+    "compare": "comparing",
     "create": "methods",
     "index": "indexing",
     "load_examples": "examples",
@@ -38,12 +41,14 @@ _HOME = {
 __all__ = [
     "CaptureOptions",
     "Columns",
+    "Comparison",
     "EncodingOptions",
     "Example",
     "FeatureStore",
     "Scores",
     "TuneOptions",
     "UserError",
+    "compare",
     "create",
     "index",
     "load_examples",

@@ -208,6 +208,55 @@ def trace(
 
 
 @app.command()
+def compare(
+    index: Annotated[Path, typer.Argument(help="An index made by `datablame index`, with gradients.")],
+    query: Annotated[str, typer.Option(help="A file of queries with their responses.")],
+    out: Out,
+    method: Annotated[str | None, typer.Option(help="Methods, such as datainf,lissa:steps=10,graddot.")] = None,
+    damping: Annotated[str, typer.Option(help="λ over the mean eigenvalue: numbers.")] = "1e-3,1e-2,1e-1,1",
+    model: Annotated[str | None, typer.Option(help="Where the index's model is now, if it moved.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Where the index's adapter is now, if it moved.")] = None,
+    device: Device = None,
+    prompt_column: PromptColumn = None,
+    response_column: ResponseColumn = None,
+    text_column: TextColumn = None,
+    messages_column: MessagesColumn = None,
+    id_column: IdColumn = None,
+    label_column: LabelColumn = None,
+    split: Split = "train",
+) -> None:
+    """Measure every method against exact influence; writes compare.json, compare.parquet and compare.html."""
+    from dataclasses import replace
+
+    from datablame.comparing import compare as run
+    from datablame.comparing import parse_dampings
+    from datablame.console import ConsoleReporter, print_comparison
+    from datablame.examples import Columns
+    from datablame.methods import parse_list
+    from datablame.scores import check_out
+
+    dampings = parse_dampings(damping)
+    check_out(out)
+    _quiet()
+    comparison = run(
+        index,
+        query,
+        methods=parse_list(method) if method is not None else None,
+        dampings=dampings,
+        model=model,
+        adapter=adapter,
+        device=device,
+        columns=Columns(prompt_column, response_column, text_column, messages_column, id_column, label_column, split),
+        reporter=ConsoleReporter(),
+    )
+    command = shlex.join(["datablame", *sys.argv[1:]])
+    comparison = replace(comparison, settings={**comparison.settings, "command": command})
+    print_comparison(comparison)
+    for path in comparison.save(out):
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
 def methods() -> None:
     """List the attribution methods: what they do, their options, what they need."""
     from datablame import methods as registry

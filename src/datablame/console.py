@@ -15,6 +15,7 @@ from datablame.errors import printable
 from datablame.indexing import Forecast, Reporter
 
 if TYPE_CHECKING:
+    from datablame.comparing import Comparison
     from datablame.scores import Scores
 
 out = Console(highlight=False, soft_wrap=False)
@@ -105,6 +106,30 @@ def _top_table(method: str, records: list[dict[Any, Any]]) -> Table:
         id_ = Text(shorten(str(r["train"]), 40))
         table.add_row(str(r["rank"]), f"{r['score']:.4g}", f"{r['percentile']:.1f}", id_, *label, Text(text))
     return table
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """One table: each method at each damping against the exact solution."""
+    from datablame.report.compare import HEADINGS, cells
+
+    table = Table(title="against exact at the same damping", title_justify="left", title_style="bold")
+    table.add_column("method", overflow="fold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    failed: dict[tuple[str, str], list[str]] = {}
+    before = None
+    for row in comparison.rows:
+        *numbers, error = cells(row)
+        if before not in (None, row.method):
+            table.add_section()
+        name = Text(printable(row.method) if row.method != before else "")
+        table.add_row(name, *(numbers if not error else [numbers[0], Text("failed", style="yellow")]))
+        if error:
+            failed.setdefault((row.method, error), []).append(numbers[0])
+        before = row.method
+    out.print(table)
+    for (method, error), dampings in failed.items():
+        out.print(Text(printable(f"{method} failed at damping {', '.join(dampings)}: {error}"), style="yellow"))
 
 
 def print_preview(rows: Sequence[list[tuple[str, bool]]], ids: Sequence[object]) -> None:

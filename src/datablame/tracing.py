@@ -57,7 +57,7 @@ def trace(
     store = index if isinstance(index, FeatureStore) else FeatureStore.open(index)
     chosen = {spec: registry.parse(spec) for spec in methods or available(store, DEFAULT_METHODS)}
     for spec, method in chosen.items():
-        _check_available(spec, method, store)
+        check_available(spec, method, store)
     queries = load_examples(query, columns) if query is not None else [from_prompt(str(prompt), response)]
     loaded = load_for(store, model, adapter, device)
     encoder = encoder_of(store, loaded)
@@ -154,7 +154,8 @@ def available(store: FeatureStore, names: Sequence[str]) -> list[str]:
     return [n for n in names if _has(store, registry.create(n).needs)]
 
 
-def _check_available(spec: str, method: Method, store: FeatureStore) -> None:
+def check_available(spec: str, method: Method, store: FeatureStore) -> None:
+    """Raise UserError when the index does not hold what `method` needs."""
     if not _has(store, method.needs):
         have = ", ".join(available(store, registry.names()))
         raise UserError(
@@ -171,6 +172,11 @@ class Inputs:
     def score(self, method: Method) -> np.ndarray[Any, Any]:
         """Fit on the training rows, score the queries: `[m, n]` in float64."""
         return method.fit(self._train(method.needs)).score(self._query(method.needs)).double().numpy()
+
+    def sweep(self, method: Any, dampings: Sequence[float]) -> dict[float, np.ndarray[Any, Any]]:
+        """As `score`, for a method with damping: `{damping: [m, n]}` from one factorisation."""
+        swept = method.fit(self._train(method.needs)).sweep(self._query(method.needs), dampings)
+        return {damping: scores.double().numpy() for damping, scores in swept.items()}
 
     def _train(self, need: str) -> Any:
         return _texts(self.store.examples) if need == "texts" else self.store.features(need)

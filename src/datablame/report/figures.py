@@ -65,7 +65,7 @@ def score_map(scores: Scores, k: int, lowest: int) -> ScoreMap:
     groups = _groups(scores.train, rows), _groups(scores.queries, queries)
     _lay_out(figure, len(queries), *groups)
     page = {"figure": json.loads(figure.to_json(engine="json")), "scales": SCALES}
-    return ScoreMap(_script_safe(json.dumps(page)), scores.methods, left_out, bool(groups[0]))
+    return ScoreMap(script_safe(json.dumps(page)), scores.methods, left_out, bool(groups[0]))
 
 
 def normalised(scores: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
@@ -83,7 +83,7 @@ def plotly_text(text: object, width: int = 60) -> str:
     return html.escape(line, quote=False).replace("%{", "% {").replace("$", "&#36;")
 
 
-def _script_safe(text: str) -> str:
+def script_safe(text: str) -> str:
     """JSON that cannot end the script element around it."""
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -105,6 +105,11 @@ class Query:
 
 def render(scores: Scores, k: int = 10) -> str:
     """The whole page as text."""
+    return environment().get_template("report.html.j2").render(context(scores, k))
+
+
+def environment() -> jinja2.Environment:
+    """Where the pages' templates are; everything printed is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("datablame.report", "."),
         autoescape=True,
@@ -113,7 +118,7 @@ def render(scores: Scores, k: int = 10) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["csp_hash"] = _csp_hash
-    return environment.get_template("report.html.j2").render(context(scores, k))
+    return environment
 
 
 def context(scores: Scores, k: int) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def context(scores: Scores, k: int) -> dict[str, Any]:
         "queries": list(_queries(scores, k, lowest)),
         "map": score_map(scores, k, lowest),
         "agreement": _agreement(scores),
-        "settings": list(_flat({a: b for a, b in scores.settings.items() if a != "command"})),
+        "settings": list(flat({a: b for a, b in scores.settings.items() if a != "command"})),
         "command": _command(scores.settings.get("command")),
         "plotly": get_plotlyjs(),
     }
@@ -197,12 +202,12 @@ def _last(place: Any) -> Any:
     return PurePath(place).name if isinstance(place, str) and PurePath(place).is_absolute() else place
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(name, value, value in full where it was shortened)."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
             continue
         if isinstance(value, (list, tuple)):
             value = ", ".join(map(str, value))
