@@ -91,6 +91,7 @@ def test_tune_index_trace(run: Run, model_dir: Path, train_file: Path, tmp_path:
     )
     assert code == 0, stderr
     assert "repsim:text=prompt" in stdout
+    assert any(line.startswith("│    1 │") and "…" not in line[:40] for line in stdout.splitlines())  # ranks stay whole
     assert {p.name for p in out.iterdir()} == {"scores.parquet", "top.jsonl", "report.html"}
     report = (out / "report.html").read_text()
     assert "--method gradcos,repsim:text=prompt" in report  # the command to make it again

@@ -97,7 +97,7 @@ def tune(
         reporter=ConsoleReporter(),
     )
     losses = [h["loss"] for h in record["history"] if "loss" in h]
-    typer.echo(f"adapter written to {out}; training loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    typer.echo(f"adapter written to {out}; mean training loss by epoch: {' '.join(f'{x:.3f}' for x in losses)}")
 
 
 @app.command()
@@ -151,8 +151,9 @@ def index(
         capture=CaptureOptions(blocks, layers, batch_tokens),
         reporter=ConsoleReporter(),
     )
-    gradients = len(store.features("gradients"))
-    typer.echo(f"{out}: {len(store)} rows, gradients of {gradients} blocks, hidden states")
+    blocks_kept = len(store.features("gradients"))
+    gradients = f"gradients of {blocks_kept} blocks" if blocks_kept else "no gradients (no --adapter or --blocks)"
+    typer.echo(f"{out}: {len(store)} rows, {gradients}, hidden states")
     return None
 
 

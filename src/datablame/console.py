@@ -79,6 +79,11 @@ PRINTED = 20
 
 def print_scores(scores: Scores, k: int) -> None:
     """A table per query and method."""
+    from datablame.scores import SAME_ANSWER
+
+    for note in scores.notes:
+        void = note.startswith(SAME_ANSWER)
+        out.print(Text(printable(f"{'warning' if void else 'note'}: {note}"), style="bold red" if void else "yellow"))
     tops = {method: scores.top(k, method) for method in scores.methods}
     for query in scores.queries[:PRINTED]:
         out.print()
@@ -88,17 +93,16 @@ def print_scores(scores: Scores, k: int) -> None:
             out.print(_top_table(method, top[top["query"] == query.id].to_dict("records")))
     if len(scores.queries) > PRINTED:
         out.print(f"… and {len(scores.queries) - PRINTED} more queries, in the files below")
-    for note in scores.notes:
-        out.print(Text(printable(note), style="yellow"))
 
 
 def _top_table(method: str, records: list[dict[Any, Any]]) -> Table:
     labels = any(r["label"] is not None for r in records)
     table = Table(title=escape(method), title_justify="left", title_style="bold", expand=False)
     for name in ("rank", "score", "pct"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("id", "label") if labels else ("id",):
-        table.add_column(name, no_wrap=True, max_width=20)
+        table.add_column(name, justify="right", no_wrap=True, min_width={"rank": 4, "score": 9, "pct": 5}[name])
+    for name, key in (("id", "train"), ("label", "label")) if labels else (("id", "train"),):
+        longest = max(len("" if r[key] is None else str(r[key])) for r in records)
+        table.add_column(name, no_wrap=True, min_width=min(longest, 16), max_width=20)
     table.add_column("training row", ratio=1, no_wrap=True, overflow="ellipsis")
     for r in records:
         text = shorten(f"{r['prompt']} → {r['response']}" if r["prompt"] else r["response"], 200)

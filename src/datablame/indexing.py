@@ -109,6 +109,9 @@ def index(
     for name in store.begin():
         reporter.note(f"{name} was damaged and is built again.")
     ranges = store.missing()
+    if not ranges:
+        reporter.note(f"{out} is complete already.")
+        return store
     done = len(store) - sum(b - a for a, b in ranges)
     if done and ranges:
         reporter.note(f"{done} of {len(store)} rows were done before; going on.")
@@ -122,15 +125,16 @@ def index(
 def _forecast(store: FeatureStore, engine: Engine, rows: list[Encoded], reporter: Reporter) -> None:
     """Tell what the rest will take, and refuse before anything is written."""
     left = [i for a, b in store.missing() for i in range(a, b)]
+    if not left:
+        return
     todo = [rows[i] for i in left]
     tokens = sum(len(r.input_ids) for r in todo)
     forecast = Forecast(len(todo), tokens, len(todo) * engine.row_bytes, engine.memory_bytes(todo))
     check_row(engine)
     check_disk(store.path, forecast.disk_bytes)
     check_memory(forecast.memory_bytes, engine)
-    if todo:
-        seconds = tokens * engine.seconds_per_token(todo, [store.examples[i] for i in left])
-        forecast = replace(forecast, seconds=seconds)
+    seconds = tokens * engine.seconds_per_token(todo, [store.examples[i] for i in left])
+    forecast = replace(forecast, seconds=seconds)
     reporter.forecast(forecast)
 
 

@@ -6,6 +6,7 @@ are expanded to float32 once, into the user's cache, and load in seconds afterwa
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import shutil
@@ -230,6 +231,8 @@ def resolve(name: str) -> str:
         if not (path / "config.json").exists():
             raise UserError(f"--model {name}: the directory has no config.json, so it is not a model.")
         return str(path)
+    if close := difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.75):
+        raise UserError(f"--model {name}: no such model. Did you mean {close[0]!r}?")
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such model directory.")
     return name

@@ -77,7 +77,10 @@ class Scores:
         return np.argsort(-self.matrix(method)[query], kind="stable")
 
     def top(self, k: int = 10, method: str | None = None, query: Id | None = None) -> pd.DataFrame:
-        """The k highest rows per method and query: method, query, rank, score, percentile, train, row, label, text."""
+        """The k highest rows per method and query.
+
+        Columns: method, query, rank, train, score, percentile, row, label, prompt, response.
+        """
         import pandas as pd
 
         return pd.DataFrame(list(self._top_records(k, method, query)))
@@ -97,9 +100,9 @@ class Scores:
                             "method": name,
                             "query": self.queries[i].id,
                             "rank": rank,
+                            "train": e.id,
                             "score": float(v[i, t]),
                             "percentile": float(percentiles[i, t]),
-                            "train": e.id,
                             "row": e.row,
                             "label": e.label,
                             "prompt": e.prompt,

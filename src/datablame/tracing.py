@@ -89,7 +89,7 @@ def _answered(query: Example, encoder: Encoding, loaded: Loaded, limit: int, not
         with loaded.without_adapter():
             base, _ = answer(loaded, ids, limit)
         if base.strip() == text.strip():
-            notes.append(f"{SAME_ANSWER}: then no training row made it, and the ranking below explains nothing.")
+            notes.append(f"{SAME_ANSWER}: then no training row made it, and a ranking explains nothing.")
         else:
             notes.append(f"Without the adapter the base model answers: “{base.strip()}”")
     return query.with_response(text)

@@ -35,7 +35,7 @@ BUILTIN = {
 """name -> module:class inside this package."""
 
 NEEDS = {
-    "gradients": "gradients of the indexed blocks",
+    "gradients": "gradients (index with --adapter or --blocks)",
     "hidden": "hidden states",
     "base-hidden": "an adapter, and the base model's hidden states",
     "length": "the rows' lengths",
