@@ -133,8 +133,7 @@ def capture_queries(
     tokens = sum(len(r.input_ids) for r in rows)
     forecast = Forecast(len(rows), tokens, 0, engine.memory_bytes(rows) + len(rows) * engine.row_bytes)
     check_memory(forecast.memory_bytes, engine)
-    if len(rows) > 4:  # for fewer, measuring would take as long as the work
-        forecast = replace(forecast, seconds=engine.seconds_per_token(rows, queries) * tokens)
+    forecast = replace(forecast, seconds=engine.seconds_per_token(rows, queries) * tokens)
     reporter.forecast(forecast)
     reporter.start("trace", tokens)
     captured = engine.capture(rows, queries, reporter)
