@@ -64,7 +64,7 @@ class Example:
         return replace(self, messages=(*self.messages, {"role": "assistant", "content": response}))
 
 
-def from_prompt(prompt: str, response: str | None = None, id: Id = "prompt") -> Example:
+def from_prompt(prompt: str, response: str | None = None, id: Id = 0) -> Example:
     """One question (and its answer) given by hand."""
     example = Example(id=id, row=0, messages=({"role": "user", "content": prompt},), given=1)
     return example if response is None else example.with_response(response)
