@@ -185,7 +185,7 @@ def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(
     assert json.loads((out / "manifest.json").read_text())["shards"]
     subprocess.run([*command, str(out)], check=True)
     assert files(out) == files(tmp_path / "straight")
-    assert len(files(out)) == 6 + 2
+    assert len(files(out)) == 6 + 3
 
 
 def test_index_refuses_another_adapter_template_or_option(

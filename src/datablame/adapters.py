@@ -92,6 +92,26 @@ def attach(model: Any, directory: Path) -> Any:
     return peft_model
 
 
+def exchange(peft_model: Any, new: Path | dict[str, Any]) -> dict[str, Any]:
+    """Put other weights (a directory's, or a state dict) into the adapter, and return those it had.
+
+    Raises UserError when they do not fit.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    old = {k: v.clone() for k, v in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()}
+    if isinstance(new, Path):
+        read_config(new)
+        _check_complete(peft_model, _file_shapes(new), new)
+        new = load_file(new / WEIGHTS)
+    try:
+        set_peft_model_state_dict(peft_model, new)
+    except RuntimeError as e:
+        raise UserError(f"a checkpoint's weights do not fit the adapter ({str(e).splitlines()[-1].strip()}).") from e
+    return old
+
+
 def _file_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 

@@ -109,6 +109,9 @@ def index(
     blocks: Annotated[str | None, typer.Option(help="Weights to attribute: shell patterns over layer names.")] = None,
     layers: Annotated[str, typer.Option(help="Hidden states to keep: numbers, middle, last, all.")] = "middle,last",
     batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 1024,
+    checkpoints: Annotated[
+        str | None, typer.Option(help="Gradients at checkpoints of the adapter's training too: all, or steps.")
+    ] = None,
     preview: Annotated[
         int, typer.Option(min=0, help="Print so many rendered rows, labelled tokens marked, and stop.")
     ] = 0,
@@ -148,7 +151,7 @@ def index(
         dtype=dtype,
         encoding=encoding,
         columns=columns,
-        capture=CaptureOptions(blocks, layers, batch_tokens),
+        capture=CaptureOptions(blocks, layers, batch_tokens, checkpoints),
         reporter=ConsoleReporter(),
     )
     blocks_kept = len(store.features("gradients"))

@@ -20,9 +20,10 @@ from datablame.errors import UserError
 from datablame.examples import Columns, Example, load_examples
 from datablame.indexing import SILENT, Reporter
 from datablame.methods import Method
+from datablame.methods.blockwise import OnGradients
 from datablame.scores import check_out
 from datablame.store import FeatureStore
-from datablame.tracing import Inputs, available, capture_queries, check_available, encoder_of, load_for
+from datablame.tracing import Inputs, at_checkpoints, available, capture_queries, check_available, encoder_of, load_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +42,8 @@ GRADIENT_METHODS = (
     "lissa:protocol=paper",
     "graddot",
     "gradcos",
+    "adamdot",
+    "tracincp",
 )
 DEFAULT_METHODS = (*GRADIENT_METHODS, "repsim", *reversed(CONTROLS))
 
@@ -162,7 +165,8 @@ def compare(
     chosen = {spec: _parsed(spec, store) for spec in specs}
     queries = load_examples(query, columns)
     loaded = load_for(store, model, adapter, device)
-    captured = capture_queries(store, loaded, encoder_of(store, loaded), queries, reporter)
+    encoder = encoder_of(store, loaded)
+    captured = capture_queries(store, loaded, encoder, queries, reporter, at_checkpoints(chosen.values()))
     inputs = Inputs(store, queries, captured)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -221,7 +225,7 @@ def _parsed(spec: str, store: FeatureStore) -> Method:
 
 def _on_scale(spec: str, method: Method) -> bool:
     """Whether its scores can be near the exact ones at all, up to a factor: they are made of gradients."""
-    return method.needs == "gradients" and base_name(spec) not in CONTROLS
+    return isinstance(method, OnGradients) and base_name(spec) not in CONTROLS
 
 
 # ---------------------------------------------------------------- runs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -11,6 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datablame.checkpoints import (
+    TRAINING_RECORD,
+    Checkpoint,
+    adam_state,
+    damaged,
+    directory,
+    find,
+    read_record,
+)
 from datablame.encoding import Encoded, Encoding, EncodingOptions, encode_rows, truncation_note
 from datablame.errors import UserError
 from datablame.examples import Columns, Example, load_examples
@@ -20,18 +28,17 @@ from datablame.store import FeatureStore, check_disk
 if TYPE_CHECKING:
     from torch import Tensor
 
-TRAINING_RECORD = "datablame.json"
-"""Beside an adapter that `datablame tune` made: how its rows were encoded."""
-
 
 @dataclass(frozen=True)
 class CaptureOptions:
     """blocks: a pattern of weights, None for the whole adapter · layers: hidden states to keep ·
-    batch_tokens: padded tokens of one batch (more is faster on a GPU, and takes more memory)."""
+    batch_tokens: padded tokens of one batch (more is faster on a GPU, and takes more memory) ·
+    checkpoints: `all`, or steps such as `12,24`, of the adapter's training whose gradients are wanted too."""
 
     blocks: str | None = None
     layers: str = "middle,last"
     batch_tokens: int = 1024
+    checkpoints: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def index(
         reporter.note(note)
     engine = Engine(loaded, options)
     settings = {**engine.settings(), "encoding": encoder.settings(), "train_sha256": digest(examples, rows)}
-    store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype)
+    store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype, engine.adapter_tensors())
     _forecast(store, engine, rows, reporter)
     for name in store.begin():
         reporter.note(f"{name} was damaged and is built again.")
@@ -145,13 +152,21 @@ class Engine:
         from datablame.blocks import select_blocks
         from datablame.capture import parse_layers, widths
 
-        self.loaded, self.options = loaded, options
+        self.loaded, self.options, adapter = loaded, options, loaded.spec.adapter
+        if options.checkpoints and not adapter:
+            raise UserError("--checkpoints are those of an adapter's training: give --adapter too.")
+        self.checkpoints = find(str(adapter), options.checkpoints) if options.checkpoints else []
         self.blocks = select_blocks(loaded.model, options.blocks)
         self.layers = parse_layers(loaded.model, options.layers)
         self.widths = widths(loaded.model, self.blocks, self.layers)
         if loaded.adapter_sha256:
             hidden = {k: d for k, d in self.widths.items() if k.startswith("hidden/")}
             self.widths |= {f"base-{k}": d for k, d in hidden.items()}
+        gradients = {k: d for k, d in self.widths.items() if k.startswith("gradients/")}
+        for c in self.checkpoints:
+            self.widths |= {at_checkpoint(k, c): d for k, d in gradients.items()}
+        self.lora = {name: layer.weight.detach() for name, layer in select_blocks(loaded.model).items()}
+        self.adam = adam_state(adapter, {k: tuple(w.shape) for k, w in self.lora.items()}) if adapter else None
         self.dtype = "float64" if next(loaded.model.parameters()).dtype.itemsize == 8 else "float32"
         self.row_bytes = sum(self.widths.values()) * (8 if self.dtype == "float64" else 4)
 
@@ -166,11 +181,22 @@ class Engine:
             "blocks": self.options.blocks,
             "layers": self.options.layers,
             "batch_tokens": self.options.batch_tokens,
+            "checkpoints": [c.settings() for c in self.checkpoints],
+            "optimizer": None if self.adam is None else {"eps": self.adam.eps, "sha256": self.adam.sha256},
             "dtype": str(next(self.loaded.model.parameters()).dtype).removeprefix("torch."),
         }
 
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """What the index keeps of the adapter itself: weights, also those of the checkpoints, and Adam's v̂."""
+        out = {f"weights/{k}": w.cpu() for k, w in self.lora.items()}
+        for c in self.checkpoints:
+            with self.loaded.at_checkpoint(directory(str(self.loaded.spec.adapter), c.step)):
+                out |= {f"checkpoints/{c.step}/weights/{k}": w.cpu().clone() for k, w in self.lora.items()}
+        return out | ({} if self.adam is None else {f"adam/{k}": v for k, v in self.adam.v.items()})
+
     def capture(self, rows: Sequence[Encoded], examples: Sequence[Example], reporter: Reporter) -> dict[str, Tensor]:
-        """All features of `rows`: one forward and backward pass, and one forward pass of the base model.
+        """All features of `rows`: one forward and backward pass, one forward pass of the base model, and one
+        forward and backward pass more for each checkpoint with other weights.
 
         Raises UserError naming the example when a number is not finite.
         """
@@ -187,6 +213,12 @@ class Engine:
                 with self.loaded.without_adapter():
                     base = capture(model, rows, {}, self.layers, batch_tokens=size)
                 features |= {f"base-{k}": v for k, v in base.items() if k.startswith("hidden/")}
+            for c in self.checkpoints:
+                there = features
+                if c.adapter_sha256 != self.loaded.adapter_sha256:
+                    with self.loaded.at_checkpoint(directory(str(self.loaded.spec.adapter), c.step)):
+                        there = capture(model, rows, self.blocks, [], batch_tokens=size)
+                features |= {at_checkpoint(k, c): v.clone() for k, v in there.items() if k.startswith("gradients/")}
         except NotFinite as e:
             example = examples[e.row]
             raise UserError(
@@ -217,6 +249,11 @@ class Engine:
         logits = 3 * 4 * int(tokens * labelled) * config.vocab_size
         shard = 2 * min(len(rows), shard_rows(self.row_bytes)) * self.row_bytes
         return int(weights + activations + logits + shard + 0.5e9)
+
+
+def at_checkpoint(gradients: str, checkpoint: Checkpoint) -> str:
+    """`gradients/BLOCK` to the name of the same feature at a checkpoint, `checkpoints/STEP/BLOCK`."""
+    return f"checkpoints/{checkpoint.step}/{gradients.removeprefix('gradients/')}"
 
 
 ROW_LIMIT = 256e6
@@ -253,13 +290,13 @@ def _place(name: str) -> str:
 
 def recorded_encoding(adapter: str | Path | None) -> EncodingOptions:
     """The encoding that `datablame tune` recorded beside the adapter, else the defaults."""
-    path = Path(adapter) / TRAINING_RECORD if adapter else None
-    if path is None or not path.exists():
+    record = read_record(adapter) if adapter else {}
+    if not record:
         return EncodingOptions()
     try:
-        return EncodingOptions(**json.loads(path.read_text(encoding="utf-8"))["encoding"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: damaged; delete it and give --template, --system, --loss-on by hand.") from e
+        return EncodingOptions(**record["encoding"])
+    except (KeyError, TypeError) as e:
+        raise damaged(Path(str(adapter)) / TRAINING_RECORD) from e
 
 
 def digest(examples: Sequence[Example], rows: Sequence[Encoded]) -> str:

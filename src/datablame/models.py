@@ -87,6 +87,17 @@ class Loaded:
         with self.model.disable_adapter() if self.adapter_sha256 else nullcontext():
             yield
 
+    @contextmanager
+    def at_checkpoint(self, directory: Path) -> Iterator[None]:
+        """The weights of another adapter of the same shape in place of its own, for the time of the block."""
+        from datablame.adapters import exchange
+
+        own = exchange(self.model, directory)
+        try:
+            yield
+        finally:
+            exchange(self.model, own)
+
 
 def load(spec: ModelSpec) -> Loaded:
     """Load the base model, attach the adapter, freeze everything.

@@ -2,6 +2,7 @@
 
     manifest.json                what made it, every feature's width, the shards written so far with checksums
     examples.parquet             ids, labels and text of the rows
+    adapter.safetensors          the adapter's weights and its optimizer's second moments, as methods need them
     shard-00000.safetensors      every feature of rows [a, b)
 
 A shard is written as `*.part`, flushed, renamed, and then entered into the manifest (itself replaced in one
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-SCHEMA = 1
-KINDS = ("gradients", "hidden", "base-hidden", "loss", "length")
+SCHEMA = 2
+ADAPTER = "adapter.safetensors"
 SHARD_BYTES = 64 * 2**20
 
 
@@ -39,16 +40,27 @@ def shard_rows(row_bytes: int) -> int:
 class FeatureStore:
     """An index on disk: features `[n, D]` by name, and the examples they belong to."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any], examples: list[Example]) -> None:
+    def __init__(
+        self, path: Path, manifest: dict[str, Any], examples: list[Example], adapter: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.path, self.manifest, self.examples = path, manifest, examples
+        self._adapter = dict(adapter or {})
 
     # ------------------------------------------------------------ open and create
 
     @classmethod
     def create(
-        cls, path: Path, settings: Mapping[str, Any], widths: Mapping[str, int], examples: Sequence[Example], dtype: str
+        cls,
+        path: Path,
+        settings: Mapping[str, Any],
+        widths: Mapping[str, int],
+        examples: Sequence[Example],
+        dtype: str,
+        adapter: Mapping[str, Tensor] | None = None,
     ) -> FeatureStore:
         """The index that will be at `path`: a new one, or an unfinished or damaged one made with the same settings.
+
+        adapter: tensors that belong to the model rather than to a row, read again by `adapter`.
 
         Nothing is written before `begin`. `settings` decide the features: another value is another index, and is
         refused with the reason (where the model lies may change, its content may not).
@@ -66,13 +78,15 @@ class FeatureStore:
         if (path / "manifest.json").exists():
             store = cls.open(path, complete=False, verify=False)
             _same(store.manifest, manifest, path)
-            return store
+            return cls(path, store.manifest, store.examples, adapter)
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; name a directory.")
         # An interruption before the first manifest leaves examples and parts; anything else is somebody's own.
-        if path.exists() and any(p.name != "examples.parquet" and p.suffix != ".part" for p in path.iterdir()):
+        if path.exists() and any(
+            p.name not in ("examples.parquet", ADAPTER) and p.suffix != ".part" for p in path.iterdir()
+        ):
             raise UserError(f"{path}: the directory is not empty and is no index. Give a new --out.")
-        return cls(path, manifest, list(examples))
+        return cls(path, manifest, list(examples), adapter)
 
     def begin(self) -> list[str]:
         """Write what a new index starts with; strike damaged shards of an old one, and return their names."""
@@ -80,7 +94,10 @@ class FeatureStore:
         if not (self.path / "manifest.json").exists():
             _write_examples(self.path / "examples.parquet", self.examples)
             self.manifest["examples_sha256"] = _sha256(self.path / "examples.parquet")
+            self._write_adapter()
             self._write_manifest()
+        if not self._adapter_whole():
+            self._write_adapter()
         bad = [s for s in self.manifest["shards"] if not self._whole(s)]
         if bad:
             self.manifest["shards"] = [s for s in self.manifest["shards"] if s not in bad]
@@ -111,12 +128,16 @@ class FeatureStore:
         return store
 
     def verify(self) -> None:
-        """Compare every shard's checksum. Raises UserError naming the damaged file."""
-        for shard in self.manifest["shards"]:
-            if not self._whole(shard):
-                file = self.path / shard["file"]
+        """Compare every checksum. Raises UserError naming the damaged file."""
+        whole = {self.path / shard["file"]: self._whole(shard) for shard in self.manifest["shards"]}
+        for file, intact in {self.path / ADAPTER: self._adapter_whole(), **whole}.items():
+            if not intact:
                 state = "damaged (checksum)" if file.exists() else "missing"
                 raise UserError(f"{file}: {state}. Run the same `datablame index` command again to rebuild it.")
+
+    def _adapter_whole(self) -> bool:
+        file = self.path / ADAPTER
+        return file.exists() and _sha256(file) == self.manifest["adapter_file_sha256"]
 
     def _whole(self, shard: Mapping[str, Any]) -> bool:
         file = self.path / shard["file"]
@@ -142,6 +163,13 @@ class FeatureStore:
         self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda s: s["file"])
         self._write_manifest()
 
+    def _write_adapter(self) -> None:
+        from safetensors.torch import save
+
+        data = save({k: self._adapter[k].contiguous() for k in sorted(self._adapter)})
+        self.manifest["adapter_file_sha256"] = hashlib.sha256(data).hexdigest()
+        _replace(self.path / ADAPTER, data)
+
     def _write_manifest(self) -> None:
         _replace(self.path / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False).encode())
 
@@ -159,9 +187,17 @@ class FeatureStore:
         return dict(self.manifest["settings"])
 
     def features(self, kind: str) -> Features:
-        """All features of one kind (`gradients`, `hidden`, `base-hidden`, `loss`, `length`), read when asked for."""
-        names = [k for k in self.manifest["widths"] if k.split("/")[0] == kind]
-        return Features(self, {k.split("/", 1)[-1]: k for k in names})
+        """All features of one kind (`gradients`, `hidden`, `base-hidden`, `loss`, `length`, `checkpoints/STEP`)."""
+        names = [k for k in self.manifest["widths"] if k == kind or k.startswith(f"{kind}/")]
+        return Features(self, {k.removeprefix(f"{kind}/"): k for k in names})
+
+    def adapter(self, kind: str) -> dict[str, Tensor]:
+        """`{block: tensor}` of the model's own tensors: `weights`, `checkpoints/STEP/weights`, `adam` (Adam's v̂)."""
+        from safetensors import safe_open
+
+        with safe_open(str(self.path / ADAPTER), framework="pt") as file:
+            names = [k for k in file.keys() if k.startswith(f"{kind}/")]  # noqa: SIM118
+            return {k.removeprefix(f"{kind}/"): file.get_tensor(k) for k in names}
 
     def read(self, name: str) -> Float[Tensor, "n D"]:
         """One feature of all rows."""

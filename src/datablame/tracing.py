@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from datablame.errors import UserError
 from datablame.examples import Columns, Example, check_text, from_prompt, load_examples
 from datablame.indexing import SILENT, CaptureOptions, Engine, Forecast, Reporter, check_memory
 from datablame.methods import Method, Text
+from datablame.methods.base import Adam, Checkpoint
+from datablame.methods.gauge import Balanced
 from datablame.models import Loaded, ModelSpec, answer, load
 from datablame.scores import SAME_ANSWER, Scores
 from datablame.store import FeatureStore
@@ -64,7 +66,7 @@ def trace(
     notes: list[str] = []
     if prompt is not None and response is None:
         queries = [_answered(queries[0], encoder, loaded, max_new_tokens, notes)]
-    captured = capture_queries(store, loaded, encoder, queries, reporter)
+    captured = capture_queries(store, loaded, encoder, queries, reporter, at_checkpoints(chosen.values()))
     inputs = Inputs(store, queries, captured)
     values = {spec: inputs.score(method) for spec, method in chosen.items()}
     names = [c for c in CONTROLS if _has(store, registry.create(c).needs)]
@@ -122,11 +124,19 @@ def encoder_of(store: FeatureStore, loaded: Loaded) -> Encoding:
 
 
 def capture_queries(
-    store: FeatureStore, loaded: Loaded, encoder: Encoding, queries: list[Example], reporter: Reporter
+    store: FeatureStore,
+    loaded: Loaded,
+    encoder: Encoding,
+    queries: list[Example],
+    reporter: Reporter,
+    checkpoints: bool = False,
 ) -> dict[str, Tensor]:
-    """Features of the queries, with the index's own blocks and layers."""
+    """Features of the queries, with the index's own blocks and layers; at its checkpoints too where they are wanted."""
     s = store.settings
-    engine = Engine(loaded, CaptureOptions(s["blocks"], s["layers"], s["batch_tokens"]))
+    steps = ",".join(str(c["step"]) for c in s["checkpoints"]) if checkpoints else None
+    engine = Engine(loaded, CaptureOptions(s["blocks"], s["layers"], s["batch_tokens"], steps))
+    if checkpoints and engine.settings()["checkpoints"] != s["checkpoints"]:
+        raise UserError(f"{store.path}: made with other checkpoints than those of {loaded.spec.adapter}. Index again.")
     rows = encode_rows(encoder, queries, turns="last")
     if note := truncation_note(queries, rows):
         reporter.note(note)
@@ -145,7 +155,17 @@ def capture_queries(
 
 
 def _has(store: FeatureStore, need: str) -> bool:
+    need, balanced = need.removesuffix("-balanced"), need.endswith("-balanced")
+    if balanced and not store.adapter("weights"):
+        return False
+    if need == "adam":
+        return bool(store.settings["optimizer"]) and _has(store, "gradients")
     return need == "texts" or len(store.features(need)) > 0
+
+
+def at_checkpoints(methods: Iterable[Method]) -> bool:
+    """Does one of them need the queries' gradients at the checkpoints?"""
+    return any(m.needs.startswith("checkpoints") for m in methods)
 
 
 def available(store: FeatureStore, names: Sequence[str]) -> list[str]:
@@ -178,12 +198,34 @@ class Inputs:
         return {damping: scores.double().numpy() for damping, scores in swept.items()}
 
     def _train(self, need: str) -> Any:
-        return _texts(self.store.examples) if need == "texts" else self.store.features(need)
+        if need == "texts":
+            return _texts(self.store.examples)
+        if need == "adam":
+            optimizer = self.store.settings["optimizer"]
+            return Adam(self.store.features("gradients"), self.store.adapter("adam"), optimizer["eps"])
+        return self._features(need, self.store.features)
 
     def _query(self, need: str) -> Any:
         if need == "texts":
             return _texts(self.queries)
-        return {k.split("/", 1)[-1]: v for k, v in self.captured.items() if k.split("/")[0] == need}
+        return self._features("gradients" if need == "adam" else need, self._of_queries)
+
+    def _features(self, need: str, features: Callable[[str], Mapping[str, Tensor]]) -> Any:
+        """One kind of features; at the checkpoints, and in the balanced gauge."""
+        kind, balanced = need.removesuffix("-balanced"), need.endswith("-balanced")
+
+        def turned(kind: str, weights: str) -> Mapping[str, Tensor]:
+            return Balanced(features(kind), self.store.adapter(weights)) if balanced else features(kind)
+
+        if kind != "checkpoints":
+            return turned(kind, "weights")
+        found = self.store.settings["checkpoints"]
+        at = [f"checkpoints/{c['step']}" for c in found]
+        return [Checkpoint(c["rate"], turned(f, f"{f}/weights")) for c, f in zip(found, at, strict=True)]
+
+    def _of_queries(self, kind: str) -> dict[str, Tensor]:
+        mine = {k: v for k, v in self.captured.items() if k == kind or k.startswith(f"{kind}/")}
+        return {k.removeprefix(f"{kind}/"): v for k, v in mine.items()}
 
 
 def _texts(examples: Sequence[Example]) -> list[Text]:

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datablame.checkpoints import TRAINING_RECORD
 from datablame.encoding import Encoded, Encoding, EncodingOptions, encode_rows, truncation_note
 from datablame.errors import UserError, nearest
 from datablame.examples import Columns, load_examples
-from datablame.indexing import SILENT, TRAINING_RECORD, Reporter
+from datablame.indexing import SILENT, Reporter
 from datablame.models import Loaded, ModelSpec, load
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def tune(
     if note := truncation_note(examples, rows):
         reporter.note(note)
     validation_rows = encode_rows(encoder, held_out) if held_out else None
-    trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter)
+    rates: list[float] = []
+    trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter, rates)
     trainer.train()
     reporter.end()
     history = [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h]
@@ -80,13 +82,24 @@ def tune(
         "options": asdict(options),
         "encoding": asdict(encoder.options),
         "history": history,
+        "rates": rates,
+        "parameters": _parameters(trainer),
     }
     trainer.save_model(str(out))
     loaded.tokenizer.save_pretrained(out)
     _name_base_model(out / "adapter_config.json", model)
-    (out / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _tidy(out, options.keep)
+    for folder in [out, *out.glob("checkpoint-*")]:
+        (folder / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
+
+
+def _parameters(trainer: SFTTrainer) -> list[str]:
+    """Block names in the order in which the optimizer numbers its parameters."""
+    from datablame.blocks import short_name
+
+    names = {id(p): short_name(n.removesuffix(".weight")) for n, p in trainer.model.named_parameters()}  # type: ignore[union-attr]
+    return [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
 
 
 def _tidy(out: Path, keep: int) -> None:
@@ -143,8 +156,12 @@ def make_trainer(
     options: TuneOptions,
     validation: Sequence[Encoded] | None = None,
     reporter: Reporter = SILENT,
+    rates: list[float] | None = None,
 ) -> SFTTrainer:
-    """TRL's SFTTrainer over our ids and labels; it prepares nothing by itself."""
+    """TRL's SFTTrainer over our ids and labels; it prepares nothing by itself.
+
+    rates: takes the learning rate of every step, as the steps are done.
+    """
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTTrainer
 
@@ -156,7 +173,7 @@ def make_trainer(
         eval_dataset=_dataset(validation) if validation is not None else None,
         processing_class=loaded.tokenizer,
         peft_config=lora_config(options),
-        callbacks=_callbacks(options, reporter),
+        callbacks=_callbacks(options, reporter, [] if rates is None else rates),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -230,7 +247,7 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
     )
 
 
-def _callbacks(options: TuneOptions, reporter: Reporter) -> list[Any]:
+def _callbacks(options: TuneOptions, reporter: Reporter, rates: list[float]) -> list[Any]:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     class Progress(TrainerCallback):
@@ -239,6 +256,10 @@ def _callbacks(options: TuneOptions, reporter: Reporter) -> list[Any]:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """The number of steps is known."""
             reporter.start("tune", state.max_steps, "steps")
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """The rate that this step is about to take."""
+            rates.append(float(kwargs["lr_scheduler"].get_last_lr()[0]))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """One optimizer step is done."""

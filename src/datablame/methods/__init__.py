@@ -24,6 +24,8 @@ BUILTIN = {
     "exact-block": "influence:ExactBlock",
     "datainf": "influence:DataInf",
     "lissa": "lissa:LiSSA",
+    "tracincp": "training:TracInCP",
+    "adamdot": "training:AdamDot",
     "repsim": "representations:RepSim",
     "repsim-base": "representations:BaseRepSim",
     "bm25": "controls:BM25",
@@ -40,6 +42,10 @@ NEEDS = {
     "base-hidden": "an adapter, and the base model's hidden states",
     "length": "the rows' lengths",
     "texts": "the rows' text",
+    "checkpoints": "gradients at checkpoints (tune with --keep, index with --checkpoints)",
+    "adam": "gradients, and the optimizer's state beside the adapter (tune with --keep)",
+    "gradients-balanced": "gradients of a LoRA adapter, and its weights",
+    "checkpoints-balanced": "gradients of a LoRA adapter at checkpoints, and its weights",
 }
 
 
@@ -117,5 +123,6 @@ def parse_list(text: str) -> list[str]:
 def describe(name: str) -> tuple[str, str, str]:
     """(first line of its description, options with defaults, what it needs)."""
     cls = method_class(name)
+    needs = create(name).needs
     options = ", ".join(f"{f.name}={f.default}" for f in dataclasses.fields(cls) if f.init)
-    return (inspect.getdoc(cls) or "").splitlines()[0], options, NEEDS.get(cls.needs, cls.needs)
+    return (inspect.getdoc(cls) or "").splitlines()[0], options, NEEDS.get(needs, needs)

@@ -9,6 +9,10 @@ that input of the training rows, and scores that input of the queries:
     "base-hidden"   the same from the base model, adapter off
     "length"        {"length": [n, 1]}, labelled tokens of each row
     "texts"         a list of n `Text(prompt, response)`
+    "checkpoints"   a list of `Checkpoint(rate, gradients)`, one for each checkpoint of the training
+    "adam"          fit: `Adam(gradients, v, eps)`; score: {block: [m, D]}
+
+"gradients-balanced" and "checkpoints-balanced" are gradients in the balanced gauge (see gauge.py).
 
 `score` returns `[m, n]`, signed, higher = more responsible. Methods know nothing of files or models.
 """
@@ -16,7 +20,7 @@ that input of the training rows, and scores that input of the queries:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 from datablame.errors import UserError
 
@@ -34,10 +38,28 @@ class Text(NamedTuple):
     response: str
 
 
+class Checkpoint(NamedTuple):
+    """Gradients `{block: [n, D]}` at one checkpoint; rate: the learning rates of the steps since the one before."""
+
+    rate: float
+    gradients: Blocks
+
+
+class Adam(NamedTuple):
+    """Gradients `{block: [n, D]}`, Adam's bias-corrected second moments `{block: [D]}`, and its ε."""
+
+    gradients: Blocks
+    v: Mapping[str, Float[Tensor, " D"]]
+    eps: float
+
+
 class Method(Protocol):
     """The interface of every method; see the module's text."""
 
-    needs: ClassVar[str]
+    @property
+    def needs(self) -> str:
+        """The kind of input, as listed above."""
+        ...
 
     def fit(self, train: Any) -> Self:
         """Take the training rows."""

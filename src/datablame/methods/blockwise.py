@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from datablame.errors import UserError
 from datablame.methods.base import check_blocks, check_finite
@@ -28,7 +28,7 @@ RELATIF = (None, "l", "theta")
 class OnGradients:
     """Keeps the training gradients and walks over blocks, one in memory at a time."""
 
-    needs: ClassVar[str] = "gradients"
+    needs: str = "gradients"
     train: Blocks
     dtype: torch.dtype
     """Of the queries' features, known after the first block; scores come back in it."""
@@ -80,12 +80,18 @@ class GradientMethod(OnGradients):
         their mean rank; `vote`, the share of blocks in which fewer than a tenth of the rows (at least one) score
         higher. Rank and vote see every block alike, whatever the size of its gradients; a block whose scores are
         all 0 adds nothing.
+    gauge: `stored`, the gradients of LoRA's A and B as the adapter holds them; `balanced`, as they would be in the
+        gauge of the SVD of BA. The method then `needs` gradients in that gauge, as `gauge.Balanced` turns them.
     """
 
     center: bool | int = False
     aggregate: Literal["sum", "rank", "vote"] = "sum"
+    gauge: Literal["stored", "balanced"] = "stored"
 
     def __post_init__(self) -> None:
+        self._one_of("gauge", ("stored", "balanced"))
+        if self.gauge == "balanced":
+            self.needs = "gradients-balanced"
         self._one_of("aggregate", ("sum", "rank", "vote"))
         if not isinstance(self.center, int) or self.center < 0:
             raise self._error(f"center={self.center!r}; use true, false or a whole number of directions.")

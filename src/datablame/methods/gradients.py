@@ -24,7 +24,7 @@ class GradDot(GradientMethod):
     It depends on the arbitrary scale between LoRA's A and B.
 
     relatif: `l` or `theta` divides by the training row's gradient norm over all blocks (both are the same here:
-        the inverse Hessian is the identity). center, aggregate: see GradientMethod.
+        the inverse Hessian is the identity). center, aggregate, gauge: see GradientMethod.
     """
 
     relatif: Literal["l", "theta"] | None = None
@@ -47,7 +47,7 @@ class GradCos(GradientMethod):
 
     over: `block` averages the cosines of the blocks (free of the scale between A and B), `row` takes the
         cosine of the whole row. A zero gradient has cosine 0 with everything.
-    center, aggregate: see GradientMethod; the `sum` over blocks is divided by their number.
+    center, aggregate, gauge: see GradientMethod; the `sum` over blocks is divided by their number.
     """
 
     over: Literal["block", "row"] = "block"

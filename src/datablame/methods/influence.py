@@ -100,7 +100,7 @@ class ExactBlock(Damped):
     as "exact" stands in DataInf (2310.00902).
 
     form: `dual` works in `[n, n]`, `primal` in `[D, D]`, `auto` in the smaller. damping, relatif: see Damped;
-    center, aggregate: see GradientMethod.
+    center, aggregate, gauge: see GradientMethod.
     """
 
     form: Form = "auto"

@@ -36,7 +36,7 @@ class LiSSA(ExactBlock):
         α σ > 2 diverges, and is refused.
     protocol: `paper` is what the paper's released code does, `r ← v + r − (1/(1000 n)) Σ_i [(g_i·r) g_i − λ r]` and
         `r Gᵀ` not rescaled: the step is 1/1000 and the sign of λ is wrong. See protocol.md.
-    form, damping, relatif, center, aggregate: as in exact-block.
+    form, damping, relatif, center, aggregate, gauge: as in exact-block.
 
     After `score` or `sweep`, `residual[damping]` is `[m, blocks]`: `‖αHr − v‖/‖v‖ = ‖(I − αH)^(k+1) v‖/‖v‖` of each
     query in each block, in whole weights: the part of v that no training gradient spans, which meets no training
