@@ -14,7 +14,8 @@ from datablame.capture import HIDDEN_KINDS, NotFinite, capture, parse_layers, pl
 from datablame.encoding import Encoded, Encoding, EncodingOptions
 from datablame.errors import UserError
 from datablame.examples import Example, from_prompt
-from datablame.models import ModelSpec, load
+from datablame.models import ModelSpec, load, load_tokenizer
+from datablame.store import FeatureStore
 from oracles import gradients_alone, hidden_alone, loss_alone, relative_error
 
 BATCHES = (1, 130, 10_000)
@@ -49,6 +50,15 @@ def test_gradients_equal_autograd(
     losses = torch.stack([loss_alone(loaded.model, r) for r in rows])
     torch.testing.assert_close(got["loss"][:, 0], losses, rtol=LIMITS[dtype], atol=0)
     assert got["length"][:, 0].tolist() == [len(r.targets) for r in rows]
+
+
+def test_the_base_models_loss_stands_beside_the_adapters(model_dir: Path, built: Path) -> None:
+    store = FeatureStore.open(built)
+    base = load(ModelSpec(str(model_dir))).model
+    encoding = Encoding(load_tokenizer(str(model_dir)), None, 128)
+    want = torch.stack([loss_alone(base, encoding.encode(e)) for e in store.examples])
+    torch.testing.assert_close(store.features("base-loss")["base-loss"][:, 0], want, rtol=1e-5, atol=0)
+    assert not torch.allclose(store.features("loss")["loss"][:, 0], want, rtol=1e-2)
 
 
 def test_the_budgets_mean_one_three_and_eight_rows(tokenizer: Any) -> None:

@@ -132,6 +132,11 @@ class Batch:
         self.targets = after[after != IGNORED].to(device)
         self.owner = (after != IGNORED).nonzero()[:, 0].to(device)
         self.ids = ids.to(device)
+        # Padding on the right needs no mask under a causal model; padding on the left does.
+        self.mask = None
+        if any(r.padding for r in rows):
+            start = torch.tensor([r.padding for r in rows])
+            self.mask = (torch.arange(shape[1]) >= start[:, None]).long().to(device)
 
     def losses(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, " B"]:
         """Summed cross-entropy of each row, in float32 at least."""
@@ -144,7 +149,9 @@ def _capture_batch(model: Any, batch: Batch, blocks: Blocks, layers: Sequence[in
     select = not uses_head(model, blocks)
     gradients = _Gradients(blocks)
     with gradients.hooked(), labelled_only(model, batch.predicts, select), torch.set_grad_enabled(bool(blocks)):
-        output = model(input_ids=batch.ids, use_cache=False, output_hidden_states=bool(layers))
+        output = model(
+            input_ids=batch.ids, attention_mask=batch.mask, use_cache=False, output_hidden_states=bool(layers)
+        )
         logits = output.logits[0] if select else output.logits[batch.predicts]
         losses = batch.losses(logits)
         if blocks:

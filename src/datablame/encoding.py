@@ -71,12 +71,14 @@ class Encoded:
     labels[t] is input_ids[t] where the loss is taken on token t, else IGNORED.
     prompt_length: tokens before the last labelled turn (0 for a `text` row).
     dropped: tokens cut off at the end by the length limit.
+    padding: tokens of padding at the start, which no other token may attend to.
     """
 
     input_ids: list[int]
     labels: list[int]
     prompt_length: int
     dropped: int = 0
+    padding: int = 0
 
     @property
     def targets(self) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,20 +113,28 @@ def index(
     settings = {**engine.settings(), "encoding": encoder.settings(), "train_sha256": digest(examples, rows)}
     store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype, engine.adapter_tensors())
     _forecast(store, engine, rows, reporter)
+    fill(store, rows, engine.capture, reporter)
+    return FeatureStore.open(out)
+
+
+Capture = Callable[[Sequence[Encoded], Sequence[Example], Reporter], "dict[str, Tensor]"]
+
+
+def fill(store: FeatureStore, rows: Sequence[Encoded], capture: Capture, reporter: Reporter) -> None:
+    """Write the shards that the store lacks; what was done before is kept."""
     for name in store.begin():
         reporter.note(f"{name} was damaged and is built again.")
     ranges = store.missing()
     if not ranges:
-        reporter.note(f"{out} is complete already.")
-        return store
+        reporter.note(f"{store.path} is complete already.")
+        return
     done = len(store) - sum(b - a for a, b in ranges)
-    if done and ranges:
+    if done:
         reporter.note(f"{done} of {len(store)} rows were done before; going on.")
     reporter.start("index", sum(len(r.input_ids) for a, b in ranges for r in rows[a:b]))
     for a, b in ranges:
-        store.write((a, b), engine.capture(rows[a:b], examples[a:b], reporter))
+        store.write((a, b), capture(rows[a:b], store.examples[a:b], reporter))
     reporter.end()
-    return FeatureStore.open(out)
 
 
 def _forecast(store: FeatureStore, engine: Engine, rows: list[Encoded], reporter: Reporter) -> None:
@@ -161,7 +169,7 @@ class Engine:
         self.widths = widths(loaded.model, self.blocks, self.layers)
         if loaded.adapter_sha256:
             hidden = {k: d for k, d in self.widths.items() if k.startswith("hidden/")}
-            self.widths |= {f"base-{k}": d for k, d in hidden.items()}
+            self.widths |= {"base-loss": 1, **{f"base-{k}": d for k, d in hidden.items()}}
         gradients = {k: d for k, d in self.widths.items() if k.startswith("gradients/")}
         for c in self.checkpoints:
             self.widths |= {at_checkpoint(k, c): d for k, d in gradients.items()}
@@ -212,7 +220,7 @@ class Engine:
             if self.loaded.adapter_sha256:
                 with self.loaded.without_adapter():
                     base = capture(model, rows, {}, self.layers, batch_tokens=size)
-                features |= {f"base-{k}": v for k, v in base.items() if k.startswith("hidden/")}
+                features |= {f"base-{k}": v for k, v in base.items() if k.startswith(("hidden/", "loss"))}
             for c in self.checkpoints:
                 there = features
                 if c.adapter_sha256 != self.loaded.adapter_sha256:

@@ -187,7 +187,7 @@ class FeatureStore:
         return dict(self.manifest["settings"])
 
     def features(self, kind: str) -> Features:
-        """All features of one kind (`gradients`, `hidden`, `base-hidden`, `loss`, `length`, `checkpoints/STEP`)."""
+        """All features of a kind: gradients, hidden, base-hidden, loss, base-loss, length, checkpoints/STEP."""
         names = [k for k in self.manifest["widths"] if k == kind or k.startswith(f"{kind}/")]
         return Features(self, {k.removeprefix(f"{kind}/"): k for k in names})
 

@@ -1,0 +1,1 @@
+"""Tasks with ground truth, metrics, and the benchmark that joins them."""

@@ -1,0 +1,95 @@
+"""What the loss is taken on: the views of one row whose gradients the benchmark keeps.
+
+    view        loss on                                                    protocol
+    response    the response and its end of turn: the loss that was trained sound
+    prompt      everything before it
+    all         both; its gradient is the sum of the two, exactly
+    padded      128 tokens, padded on the left with the end token or cut, every one labelled   paper
+
+Under `padded` the padding carries loss but is hidden from attention, as the attention mask of the released code's
+tokenizer does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from datablame.encoding import IGNORED, Encoded
+from datablame.store import FeatureStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datablame.examples import Example
+    from datablame.indexing import Engine, Reporter
+
+VIEWS = ("response", "prompt", "all", "padded")
+CAPTURED = ("prompt", "padded")
+"""Views that are captured beside the response; `all` is a sum."""
+PAD_TO = 128
+
+
+def prompt_only(row: Encoded) -> Encoded:
+    """The loss on what stands before the response."""
+    labels = [t if k < row.prompt_length else IGNORED for k, t in enumerate(row.input_ids)]
+    return replace(row, labels=labels)
+
+
+def padded(row: Encoded, pad: int, length: int = PAD_TO) -> Encoded:
+    """The row as the paper's code sees it: exactly `length` tokens, all labelled, padding included."""
+    ids = row.input_ids[:length]
+    padding = length - len(ids)
+    ids = [pad] * padding + ids
+    prompt_length = min(padding + row.prompt_length, length - 1)
+    return Encoded(ids, list(ids), prompt_length, max(0, len(row.input_ids) - length), padding)
+
+
+def widths(engine: Engine, views: Sequence[str] = CAPTURED) -> dict[str, int]:
+    """Numbers of a row in every feature: the engine's own, and the gradients of the other views."""
+    gradients = {k: d for k, d in engine.widths.items() if k.startswith("gradients/")}
+    return engine.widths | {f"{view}-{k}": d for view in views for k, d in gradients.items()}
+
+
+def capture_views(
+    engine: Engine, views: Sequence[str] = CAPTURED
+) -> Callable[[Sequence[Encoded], Sequence[Example], Reporter], dict[str, Tensor]]:
+    """A capture, as `indexing.fill` takes it, of the engine's own features and the gradients of `views`."""
+    from datablame.capture import capture
+
+    pad = int(engine.loaded.tokenizer.eos_token_id)
+    as_seen = {"prompt": prompt_only, "padded": lambda row: padded(row, pad)}
+
+    def run(rows: Sequence[Encoded], examples: Sequence[Example], reporter: Reporter) -> dict[str, Tensor]:
+        features = engine.capture(rows, examples, reporter)
+        for view in views:
+            seen = [as_seen[view](row) for row in rows]
+            there = capture(engine.loaded.model, seen, engine.blocks, [], batch_tokens=engine.options.batch_tokens)
+            features |= {f"{view}-{k}": v for k, v in there.items() if k.startswith("gradients/")}
+        return features
+
+    return run
+
+
+def gradients(store: FeatureStore, view: str) -> Mapping[str, Tensor]:
+    """`{block: [n, D]}` of one view, read when asked for."""
+    if view == "all":
+        return Sum(gradients(store, "response"), gradients(store, "prompt"))
+    return store.features("gradients" if view == "response" else f"{view}-gradients")
+
+
+class Sum(Mapping[str, "Tensor"]):
+    """Two mappings of equal blocks, added block by block when a block is asked for."""
+
+    def __init__(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+        self._a, self._b = a, b
+
+    def __getitem__(self, block: str) -> Tensor:
+        return self._a[block] + self._b[block]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._a)
+
+    def __len__(self) -> int:
+        return len(self._a)
