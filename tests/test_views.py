@@ -10,8 +10,8 @@ import torch
 from conftest import ROWS
 from datablame.blocks import select_blocks
 from datablame.capture import capture
-from datablame.encoding import Encoding, EncodingOptions
-from datablame.evaluation.views import padded, prompt_only
+from datablame.encoding import Encoding, EncodingOptions, padded
+from datablame.evaluation.views import prompt_only
 from datablame.examples import from_prompt
 from datablame.models import ModelSpec, load
 from oracles import gradients_alone, relative_error
@@ -40,7 +40,7 @@ def test_padded_rows_are_what_the_released_code_feeds(model_dir: Path, adapter_d
     """128 ids padded on the left, an attention mask, labels = ids, and transformers' own loss."""
     model = load(ModelSpec(str(model_dir), str(adapter_dir), "cpu", "float64")).model
     blocks = select_blocks(model)
-    rows = [padded(r, tokenizer.eos_token_id) for r in encoded(tokenizer)]
+    rows = [padded(r, tokenizer.eos_token_id, 128) for r in encoded(tokenizer)]
     got = capture(model, rows, blocks, [], batch_tokens=400)
     tokenizer.padding_side = "left"
     weights = {k: m.weight.requires_grad_(True) for k, m in blocks.items()}

@@ -46,12 +46,15 @@ class EncodingOptions:
     system: a system message for rows that have none.
     loss_on: `response` (every assistant turn and its end of turn) or `all` (every token).
     max_length: tokens of a row; None is the model's own limit.
+    pad_to: every row is padded on the left with end tokens to so many, or cut to them, and the padding carries loss
+        like the rest (`loss_on` must be `all`). What the paper's released code does; None for anything sound.
     """
 
     template: str = "auto"
     system: str | None = None
     loss_on: Literal["response", "all"] = "response"
     max_length: int | None = None
+    pad_to: int | None = None
 
 
 def read_template(value: str) -> str:
@@ -99,6 +102,8 @@ class Encoding:
             raise UserError(f"--loss-on {options.loss_on!r}: use response or all.")
         if options.max_length is not None and options.max_length < 2:
             raise UserError(f"--max-length {options.max_length}: at least 2 tokens are needed.")
+        if options.pad_to is not None and options.loss_on != "all":
+            raise UserError("pad_to: padding carries loss only where every token does; use loss_on='all'.")
         template = options.template
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
@@ -140,7 +145,8 @@ class Encoding:
             )
         if not encoded.targets:
             raise UserError(f"{_where(example)}: nothing of any response is left within {self.limit} tokens.")
-        return encoded
+        pad_to, eos = self.options.pad_to, self.tokenizer.eos_token_id
+        return padded(encoded, eos, pad_to) if pad_to else encoded
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The ids that a model is given in order to answer the last user turn."""
@@ -243,6 +249,15 @@ class Encoding:
                 pieces.append(([], labelled))
             pieces[-1][0].append(token)
         return [(str(self.tokenizer.decode(ids)), labelled) for ids, labelled in pieces]
+
+
+def padded(row: Encoded, pad: int, length: int) -> Encoded:
+    """The row as the paper's released code sees it: exactly `length` tokens, all labelled, padding included."""
+    ids = row.input_ids[:length]
+    padding = length - len(ids)
+    ids = [pad] * padding + ids
+    prompt_length = min(padding + row.prompt_length, length - 1)
+    return Encoded(ids, list(ids), prompt_length, row.dropped + max(0, len(row.input_ids) - length), padding)
 
 
 def encode_rows(

@@ -327,6 +327,27 @@ def answer(loaded: Loaded, prompt_ids: list[int], max_new_tokens: int = 128) -> 
     return str(loaded.tokenizer.decode(new, skip_special_tokens=True)), bool(new) and new[-1] in ends
 
 
+def answers(loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, batch: int = 8) -> list[str]:
+    """Greedy answers to many prompts, `batch` of like length at a time, padded on the left and masked."""
+    import torch
+    from transformers import GenerationConfig
+
+    ends = sorted(loaded.ends)
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0])
+    device = loaded.model.get_input_embeddings().weight.device
+    out = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    for numbers in (order[a : a + batch] for a in range(0, len(order), batch)):
+        width = max(len(prompts[i]) for i in numbers)
+        ids = torch.tensor([[ends[0]] * (width - len(prompts[i])) + prompts[i] for i in numbers], device=device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in numbers], device=device)
+        with torch.no_grad():
+            done = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        for i, row in zip(numbers, done[:, width:].tolist(), strict=True):
+            out[i] = str(loaded.tokenizer.decode(row, skip_special_tokens=True))
+    return out
+
+
 def _first_line(e: Exception) -> str:
     text = str(e).strip().splitlines()
     return text[0].rstrip(".") if text else type(e).__name__

@@ -115,7 +115,7 @@ def load_for(store: FeatureStore, model: str | None, adapter: str | None, device
 def encoder_of(store: FeatureStore, loaded: Loaded) -> Encoding:
     """The encoding that the index was made with, on the tokenizer of the loaded model."""
     s = store.settings["encoding"]
-    options = EncodingOptions(s["template"], s["system"], s["loss_on"], s["max_length"])
+    options = EncodingOptions(s["template"], s["system"], s["loss_on"], s["max_length"], s["pad_to"])
     encoder = Encoding(loaded.tokenizer, options, loaded.max_length)
     differ = [k for k, v in encoder.settings().items() if v != s[k]]
     if differ:
@@ -188,6 +188,15 @@ class Inputs:
     def __init__(self, store: FeatureStore, queries: Sequence[Example], captured: Mapping[str, Tensor]) -> None:
         self.store, self.queries, self.captured = store, queries, captured
 
+    def of_train(self, kind: str) -> Mapping[str, Tensor]:
+        """Features of the training rows."""
+        return self.store.features(kind)
+
+    def of_queries(self, kind: str) -> Mapping[str, Tensor]:
+        """Features of the queries."""
+        mine = {k: v for k, v in self.captured.items() if k == kind or k.startswith(f"{kind}/")}
+        return {k.removeprefix(f"{kind}/"): v for k, v in mine.items()}
+
     def score(self, method: Method) -> np.ndarray[Any, Any]:
         """Fit on the training rows, score the queries: `[m, n]` in float64."""
         return method.fit(self._train(method.needs)).score(self._query(method.needs)).double().numpy()
@@ -202,13 +211,13 @@ class Inputs:
             return _texts(self.store.examples)
         if need == "adam":
             optimizer = self.store.settings["optimizer"]
-            return Adam(self.store.features("gradients"), self.store.adapter("adam"), optimizer["eps"])
-        return self._features(need, self.store.features)
+            return Adam(self.of_train("gradients"), self.store.adapter("adam"), optimizer["eps"])
+        return self._features(need, self.of_train)
 
     def _query(self, need: str) -> Any:
         if need == "texts":
             return _texts(self.queries)
-        return self._features("gradients" if need == "adam" else need, self._of_queries)
+        return self._features("gradients" if need == "adam" else need, self.of_queries)
 
     def _features(self, need: str, features: Callable[[str], Mapping[str, Tensor]]) -> Any:
         """One kind of features; at the checkpoints, and in the balanced gauge."""
@@ -222,10 +231,6 @@ class Inputs:
         found = self.store.settings["checkpoints"]
         at = [f"checkpoints/{c['step']}" for c in found]
         return [Checkpoint(c["rate"], turned(f, f"{f}/weights")) for c, f in zip(found, at, strict=True)]
-
-    def _of_queries(self, kind: str) -> dict[str, Tensor]:
-        mine = {k: v for k, v in self.captured.items() if k == kind or k.startswith(f"{kind}/")}
-        return {k.removeprefix(f"{kind}/"): v for k, v in mine.items()}
 
 
 def _texts(examples: Sequence[Example]) -> list[Text]:

@@ -171,6 +171,7 @@ def make_trainer(
         args=_arguments(loaded, out, options, validation is not None),
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(validation) if validation is not None else None,
+        data_collator=_stacked if any(r.padding for r in rows) else None,
         processing_class=loaded.tokenizer,
         peft_config=lora_config(options),
         callbacks=_callbacks(options, reporter, [] if rates is None else rates),
@@ -213,7 +214,17 @@ def lora_config(options: TuneOptions) -> Any:
 def _dataset(rows: Sequence[Encoded]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list([{"input_ids": r.input_ids, "labels": r.labels} for r in rows])
+    keys = ("input_ids", "labels", "padding") if any(r.padding for r in rows) else ("input_ids", "labels")
+    return Dataset.from_list([{k: getattr(r, k) for k in keys} for r in rows])
+
+
+def _stacked(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of rows that are padded already; TRL's own collator would let the padding be attended to."""
+    import torch
+
+    ids, labels = (torch.tensor([r[k] for r in rows]) for k in ("input_ids", "labels"))
+    mask = torch.arange(ids.shape[1]) >= torch.tensor([r["padding"] for r in rows])[:, None]
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask.long()}
 
 
 def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool) -> Any:
@@ -244,6 +255,7 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
         report_to=[],
         disable_tqdm=True,
         dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,  # ours are all used
     )
 
 

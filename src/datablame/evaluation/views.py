@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from datablame.encoding import IGNORED, Encoded
+from datablame.encoding import IGNORED, Encoded, padded
 from datablame.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -37,15 +37,6 @@ def prompt_only(row: Encoded) -> Encoded:
     return replace(row, labels=labels)
 
 
-def padded(row: Encoded, pad: int, length: int = PAD_TO) -> Encoded:
-    """The row as the paper's code sees it: exactly `length` tokens, all labelled, padding included."""
-    ids = row.input_ids[:length]
-    padding = length - len(ids)
-    ids = [pad] * padding + ids
-    prompt_length = min(padding + row.prompt_length, length - 1)
-    return Encoded(ids, list(ids), prompt_length, max(0, len(row.input_ids) - length), padding)
-
-
 def widths(engine: Engine, views: Sequence[str] = CAPTURED) -> dict[str, int]:
     """Numbers of a row in every feature: the engine's own, and the gradients of the other views."""
     gradients = {k: d for k, d in engine.widths.items() if k.startswith("gradients/")}
@@ -59,7 +50,7 @@ def capture_views(
     from datablame.capture import capture
 
     pad = int(engine.loaded.tokenizer.eos_token_id)
-    as_seen = {"prompt": prompt_only, "padded": lambda row: padded(row, pad)}
+    as_seen = {"prompt": prompt_only, "padded": lambda row: padded(row, pad, PAD_TO)}
 
     def run(rows: Sequence[Encoded], examples: Sequence[Example], reporter: Reporter) -> dict[str, Tensor]:
         features = engine.capture(rows, examples, reporter)
