@@ -56,6 +56,16 @@ def capture(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{where}; peak memory {r['peak_memory_gb_after_capture']:.1f} GB."])
 
 
+def scoring(r: dict[str, Any]) -> str:
+    """Seconds of the methods on gradients, and of the loops that they replace."""
+    lines = ["| method | seconds | the released loop, seconds |", "|---|---|---|"]
+    for m in r["methods"].values():
+        lines.append(f"| `{m['spec']}` | {m['seconds']:.1f} | {m['loop_seconds_extrapolated']:.0f} |")
+    lines += [f"| `{name}` | {seconds:.1f} | – |" for name, seconds in r["seconds_beside"].items()]
+    size = f"{r['rows']} rows, {r['queries']} queries, {r['blocks']} blocks, {r['numbers_a_row']} numbers a row"
+    return "\n".join([*lines, "", f"{size}; {r['machine']}; peak memory {r['peak_memory_gb']:.1f} GB."])
+
+
 def render(text: str) -> str:
     """The page with its tables as the JSON files say now."""
 
