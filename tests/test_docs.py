@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,10 +13,14 @@ from pathlib import Path
 import pytest
 
 from conftest import ROWS, write_jsonl
+from datablame.methods import BUILTIN, method_class
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
+METHODS = ROOT / "docs" / "methods"
+HEADINGS = ["Formula", "Source", "Options", "Needs", "Cost", "Checked against", "When it misleads", "Example"]
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([\w-]+))?\)")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -61,6 +66,38 @@ def test_the_readme_has_blocks_that_matter() -> None:
 
 def test_results_in_pages_are_those_of_the_json() -> None:
     subprocess.run([sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_every_method_has_a_page_that_names_its_options(name: str) -> None:
+    text = (METHODS / f"{name}.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {name}\n")
+    assert re.findall(r"^## (.*)", text, re.M) == HEADINGS
+    sections = dict(zip(HEADINGS, re.split(r"^## .*\n", text, flags=re.M)[1:], strict=True))
+    assert all(section.strip() for section in sections.values())
+    assert BLOCK.search(sections["Formula"])
+    options = sections["Options"]
+    for field in (f for f in dataclasses.fields(method_class(name)) if f.init):
+        assert f"`{field.name}`" in options, field.name
+    assert f"]({name}.md)" in (METHODS / "index.md").read_text(encoding="utf-8")
+
+
+def test_no_page_is_left_of_a_method_that_is_gone() -> None:
+    assert {p.stem for p in METHODS.glob("*.md")} == {*BUILTIN, "index", "options"}
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub and mkdocs spell them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))):
+        there = (page.parent / target).resolve() if target else page
+        assert there.exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
 
 
 def test_an_installed_method_appears_in_the_command_line(tmp_path: Path, built: Path) -> None:
