@@ -140,3 +140,55 @@ def released_lissa(v: Tensor, grads: Sequence[Tensor], steps: int = 10) -> Tenso
 def released_scores(hvp: Tensor, grads: Sequence[Tensor]) -> Tensor:
     """`[n]`: the product with each training gradient of one weight."""
     return torch.stack([torch.sum(hvp * g) for g in grads])
+
+
+# ---------------------------------------------------------------- curvature, from curvlinops
+
+Data = Sequence[tuple[Any, Tensor]]
+"""One pair (input, labels) per training example, batch dimension 1."""
+
+
+def curvature(kind: str, model: Any, params: Sequence[Tensor], data: Data, loss: Any = None) -> Tensor:
+    """curvlinops' matrix `[D, D]` of the mean loss: `empirical` (Fisher), `ggn` or `hessian`.
+
+    An example's loss is `loss(model(x), y)`, the summed cross-entropy by default; rows and columns are the entries of
+    `params`, in order. GGN and Hessian may have several terms an example (tokens). The empirical Fisher of curvlinops
+    squares the gradient of each *term*: see `as_one_number` for examples of several tokens.
+    """
+    import curvlinops
+
+    operator = {
+        "empirical": curvlinops.EFLinearOperator,
+        "ggn": curvlinops.GGNLinearOperator,
+        "hessian": curvlinops.HessianLinearOperator,
+    }[kind]
+    loss = loss or torch.nn.CrossEntropyLoss(reduction="sum")
+    h = operator(model, loss, list(params), data, batch_size_fn=lambda x: 1)
+    return h @ torch.eye(h.shape[1], dtype=params[0].dtype) / len(data)
+
+
+def as_one_number(losses: Sequence[Tensor]) -> list[Tensor]:
+    """Targets `y = f − ½` for a model whose output `f [1, 1]` is an example's loss, and for `MSELoss`.
+
+    Then `∂(f − y)²/∂f = 1`, and the gradient of the example is the gradient of its own loss.
+    """
+    return [f.detach().reshape(1, 1) - 0.5 for f in losses]
+
+
+def gradients_by_label(model: Any, params: Sequence[Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities `[C]`, gradients of the cross-entropy with each label `[C, D]`) of one input `[1, d]`."""
+    log_p = torch.log_softmax(model(x)[0], dim=-1)
+    rows = [torch.autograd.grad(-term, list(params), retain_graph=True) for term in log_p]
+    return log_p.detach().exp(), torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def expected_fisher(model: Any, params: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """The true Fisher matrix `mean_i Σ_c p_c g_ic g_icᵀ` `[D, D]`: every label, weighted as the model would draw it."""
+    terms = [gradients_by_label(model, params, x) for x in inputs]
+    return sum(g.T @ (p[:, None] * g) for p, g in terms) / len(terms)  # type: ignore[return-value]
+
+
+def influence(h: Tensor, damping: float, g: Tensor, v: Tensor) -> Tensor:
+    """`V (H + λI)⁻¹ Gᵀ` `[m, n]`, the inverse formed outright; λ = damping × trace(H)/D."""
+    lam = damping * float(h.trace()) / len(h)
+    return v @ torch.linalg.inv(h + lam * torch.eye(len(h), dtype=h.dtype)) @ g.T

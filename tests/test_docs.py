@@ -34,7 +34,7 @@ def workplace(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> Path:
     (tmp_path / "my-adapter").symlink_to(adapter_dir)
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": p, "response": r} for p, r in ROWS])
     write_jsonl(tmp_path / "queries.jsonl", [{"prompt": p, "response": r} for p, r in ROWS[:2]])
-    for name in ("Makefile", "benchmarks", "src", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "benchmarks", "src", "pyproject.toml", "constraints.txt", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
