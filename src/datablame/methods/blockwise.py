@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from datablame.errors import UserError
 from datablame.methods.base import check_blocks, check_finite
-from datablame.methods.gram import without_common
+from datablame.methods.gram import product, without_common
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +101,10 @@ class GradientMethod(OnGradients):
         for block, g, v in super().pairs(query):
             yield (block, *without_common(g, v, int(self.center))) if self.center else (block, g, v)
 
+    def _dot(self, v: Float[Tensor, "m D"], g: Float[Tensor, "n D"]) -> Float[Tensor, "m n"]:
+        """`V Gᵀ`, in float64 where ranks are taken of it: see `seven_digits`."""
+        return (v @ g.T).double() if self.aggregate == "sum" else product(v, g)
+
     def _one_of(self, option: str, allowed: tuple[str | None, ...]) -> None:
         if getattr(self, option) not in allowed:
             *most, last = [a for a in allowed if a is not None]
@@ -126,7 +130,7 @@ class Total:
             scores, norms = divided(scores, norms), None
             by = mean_ranks if self.aggregate == "rank" else votes
             # Where all scores are 0 the block has no opinion.
-            scores = by(scores) if scores.any() else scores
+            scores = by(seven_digits(scores)) if scores.any() else scores
         self.scores = scores.clone() if self.scores is None else self.scores.add_(scores)
         if norms is not None:
             self.norms = norms.clone() if self.norms is None else self.norms.add_(norms)
@@ -142,6 +146,14 @@ def divided(scores: Float[Tensor, "m n"], norms: Float[Tensor, " n"] | None) -> 
     if norms is None:
         return scores
     return (scores / norms.clamp_min(0).sqrt()).where(norms > 0, 0.0)
+
+
+def seven_digits(scores: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """Each query's scores over the largest, rounded to float32: without it rounding breaks the ties of equal rows."""
+    import torch
+
+    largest = scores.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+    return (scores / largest).float()
 
 
 def mean_ranks(scores: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 
 from datablame.errors import UserError
-from datablame.methods.base import Text
+from datablame.methods.base import Text, check_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -156,9 +156,9 @@ class Length:
     needs: ClassVar[str] = "length"
 
     def fit(self, train: Blocks) -> Self:
-        """Take `{"length": [n, 1]}`."""
-        (lengths,) = train.values()
-        self.lengths = lengths.flatten()
+        """Take `{"length": [n, 1]}`. Raises UserError for a length that is not finite."""
+        ((name, lengths),) = train.items()
+        self.lengths = check_finite(name, lengths).flatten()
         return self
 
     def score(self, query: Blocks) -> Float[Tensor, "m n"]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from datablame.methods.base import unit_rows
 from datablame.methods.blockwise import RELATIF, GradientMethod, OnGradients, Total
-from datablame.methods.gram import squares
+from datablame.methods.gram import product, squares
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,7 +37,7 @@ class GradDot(GradientMethod):
         """`[m, n]`; in squared loss per squared weight."""
         total = Total(self.aggregate)
         for _, g, v in self.pairs(query):
-            total.add((v @ g.T).double(), squares(g) if self.relatif else None)
+            total.add(self._dot(v, g), squares(g) if self.relatif else None)
         return self.finish(total.result())
 
 
@@ -63,11 +63,11 @@ class GradCos(GradientMethod):
         if self.over == "block":
             total = Total(self.aggregate)
             for _, g, v in self.pairs(query):
-                total.add((unit_rows(v) @ unit_rows(g).T).double())
+                total.add(self._dot(unit_rows(v), unit_rows(g)))
             mean = total.blocks if self.aggregate == "sum" else 1
             return self.finish(total.result() / mean)
-        # Sums over blocks of very different size: in float64.
-        parts = [((v @ g.T).double(), squares(v), squares(g)) for _, g, v in self.pairs(query)]
+        # Sums over blocks of very different size, and no second norm to save small ones: in float64.
+        parts = [(product(v, g), squares(v), squares(g)) for _, g, v in self.pairs(query)]
         dot, vv, gg = (sum(part[1:], part[0]) for part in zip(*parts, strict=True))
         norms = (vv[:, None] * gg[None, :]).sqrt()
         return self.finish((dot / norms).where(norms > 0, 0.0))

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from datablame.errors import UserError
+
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
@@ -49,7 +51,7 @@ def times(a: Float[Tensor, "m n"], g: Float[Tensor, "n D"], y: Float[Tensor, "k 
 
 
 def gram(x: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
-    """`x xᵀ` in float64, exactly symmetric; only the lower half is computed."""
+    """`x xᵀ` in float64, exactly symmetric; only the lower half is computed. Raises UserError beyond float64."""
     import torch
 
     n = len(x)
@@ -58,14 +60,22 @@ def gram(x: Float[Tensor, "n D"]) -> Float[Tensor, "n n"]:
         for a in range(0, n, PANEL):
             b = min(a + PANEL, n)
             total[a:b, :b].addmm_(x_c[a:b], x_c[:b].T)
+    _within_float64(total.diagonal())
     return total.tril_().add_(total.tril(-1).T)
 
 
 def squares(x: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
-    """Squared length of each row, in float64."""
+    """Squared length of each row, in float64. Raises UserError beyond it."""
     import torch
 
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
+    return _within_float64(torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square())
+
+
+def _within_float64(squared: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    if not squared.isfinite().all():
+        row = int((~squared.isfinite()).nonzero()[0])
+        raise UserError(f"row {row} is too long: the square of its length is beyond float64. Scale the gradients.")
+    return squared
 
 
 def without_common(

@@ -238,4 +238,4 @@ class DataInf(Damped):
             return None
         if self.relatif == "l":
             return (k.diagonal() - k.square() @ w / len(g)) / lam
-        return sum((g_c - (k * w) @ g_c / len(g)).square().sum(dim=1) for _, g_c in columns(g)) / lam**2  # type: ignore[return-value]
+        return sum((g_c - (k * w) @ g_c / len(g)).square().sum(dim=1) for _, g_c in columns(g)) / lam / lam  # type: ignore[return-value]

@@ -75,10 +75,12 @@ class RepSim:
         check_finite(self.block, h)
         empty = (h == 0).all(dim=1).nonzero()
         if len(empty):
-            raise UserError(
-                f"repsim: row {int(empty[0])} has no hidden state for the {self.text} (a text row has no prompt). "
-                "Use repsim:text=response."
+            why = (
+                " (a text row has no prompt). Use repsim:text=response."
+                if self.text == "prompt"
+                else ": it is all zeros."
             )
+            raise UserError(f"repsim: row {int(empty[0])} has no hidden state for the {self.text}{why}")
         return unit_rows(h)
 
 
