@@ -19,6 +19,7 @@ from torch import Tensor
 from datablame import methods as registry
 from datablame.errors import UserError
 from datablame.methods import Text, create, parse
+from datablame.methods.base import Adam, Checkpoint
 from gradient_cases import OPTIONS as ON_GRADIENTS
 
 Blocks = dict[str, Tensor]
@@ -47,6 +48,8 @@ OPTIONS = {
     "datainf": ON_GRADIENTS,
     "lissa": [*ON_GRADIENTS, "steps=inf", "protocol=paper"],
     "graddot": [*ON_GRADIENTS, "aggregate=rank"],
+    "tracincp": ["relatif=l", "aggregate=rank"],
+    "adamdot": ["relatif=l", "center=1", "aggregate=vote"],
     "gradcos": ["over=row", "center=1", "aggregate=vote"],
     "repsim": ["layer=last,text=prompt", "layer=last,token=last"],
     "bm25": ["text=prompt", "text=response"],
@@ -152,7 +155,21 @@ TEXTS = {
 
 CASES = {"gradients": GRADIENTS, "hidden": HIDDEN, "base-hidden": HIDDEN, "length": LENGTHS, "texts": TEXTS}
 
-COMPOSED: dict[str, Callable[[Case], Case]] = {}
+
+def adam(case: Case) -> Case:
+    """Second moments of 1, but of 0 for a block's first weight."""
+    v = {b: (torch.arange(g.shape[1]) > 0).to(g.dtype) for b, g in case.train.items()}
+    return case._replace(train=Adam(case.train, v, 1e-8))
+
+
+def checkpoints(case: Case) -> Case:
+    """Two checkpoints of the same gradients."""
+    if not case.train:
+        return case._replace(train=[], query=[], refused="no checkpoints")
+    return case._replace(train=[Checkpoint(r, case.train) for r in (1.0, 0.5)], query=[Checkpoint(0, case.query)] * 2)
+
+
+COMPOSED: dict[str, Callable[[Case], Case]] = {"adam": adam, "checkpoints": checkpoints}
 """kind -> that kind's case from a gradient case, with `case._replace(train=…, query=…)`."""
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class TracInCP(GradDot):
     """`Σ_c η_c V_c G_cᵀ` over saved checkpoints c, η_c the learning rates of the steps since the one before, summed.
 
-    The drop of the query's loss, to first order, by plain gradient descent on the row once a pass (Pruthi et al. 2020,
-    2002.08484, equation 1 of its section 3.2). That the trainer is Adam, not gradient descent, is left out: see
+    The drop of the query's loss, to first order, by plain gradient descent on the row once a pass (TracInCP of
+    Pruthi et al. 2020, 2002.08484). That the trainer is Adam, not gradient descent, is left out: see
     adamdot. Options: as in graddot, in each checkpoint by itself; ranks and votes are summed with the same η_c.
     """
 
@@ -60,7 +60,7 @@ class AdamDot(GradDot):
 
     v̂ is the bias-corrected second moment of the optimizer's state, by weight. One side is scaled, because the query's
     loss falls by its plain gradient times the *step*: the drop of the query's loss per unit of learning rate, momentum
-    and the row's own share in v̂ left out. Source: Xia et al. 2024 (LESS, 2402.04333), section 3, without its
+    and the row's own share in v̂ left out. Source: Xia et al. 2024 (LESS, 2402.04333), section 3.1, without its
     projection and momentum. Options: as in graddot; RelatIF divides by the scaled gradient's norm. Centring is done
     before the scaling. There is no `gauge=balanced`: v̂ belongs to the weights as they are stored.
     """
