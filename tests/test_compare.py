@@ -260,7 +260,8 @@ def test_the_command_with_its_defaults(
     assert code == 0, err
     data = json.loads((tmp_path / "o" / "compare.json").read_text())
     methods = list(dict.fromkeys(r["method"] for r in data["rows"]))
-    assert methods == list(comparing.DEFAULT_METHODS)
+    without_training = [m for m in comparing.DEFAULT_METHODS if m not in ("adamdot", "tracincp")]
+    assert methods == without_training  # this adapter has no checkpoints
     assert data["dampings"] == [1e-3, 1e-2, 1e-1, 1.0]
     assert data["settings"]["command"].startswith("datablame compare")
     assert out.count("against exact at the same damping") == 1

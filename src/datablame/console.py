@@ -116,16 +116,18 @@ def print_comparison(comparison: Comparison) -> None:
     """One table: each method at each damping against the exact solution."""
     from datablame.report.compare import HEADINGS, cells
 
-    table = Table(title="against exact at the same damping", title_justify="left", title_style="bold")
-    table.add_column("method", overflow="fold")
+    title = "against exact at the same damping"
+    # Without lines, so that it fits 80 columns.
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold", min_width=20)
     for heading in HEADINGS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace(" ", "\n"), justify="right", vertical="bottom")
     failed: dict[tuple[str, str], list[str]] = {}
     before = None
     for row in comparison.rows:
         *numbers, error = cells(row)
         if before not in (None, row.method):
-            table.add_section()
+            table.add_row()
         name = Text(printable(row.method) if row.method != before else "")
         table.add_row(name, *(numbers if not error else [numbers[0], Text("failed", style="yellow")]))
         if error:
