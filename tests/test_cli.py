@@ -9,10 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROWS, save_adapter, write_jsonl
-from datablame import cli
+from conftest import ROWS, Run, save_adapter, write_jsonl
 
-HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "pandas", "pyarrow", "scipy", "plotly", "jinja2", "bm25s")
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "plotly",
+    "jinja2",
+    "bm25s",
+    "sklearn",
+)
 
 
 @pytest.mark.parametrize("code", ["import datablame", "import datablame.cli"])
@@ -31,32 +43,8 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("tune", "index", "trace", "compare", "methods", "models", "demo"):
+    for command in ("tune", "index", "trace", "compare", "evaluate", "methods", "models", "demo"):
         assert f"\n  {command} " in done.stdout
-
-
-class Run:
-    """Calls the command line in this process."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["datablame", *map(str, arguments)])
-        self.capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        captured = self.capsys.readouterr()
-        return code, captured.out, captured.err
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.delenv("DATABLAME_DEBUG", raising=False)
-    return Run(capsys, monkeypatch)
 
 
 def test_tune_index_trace(run: Run, model_dir: Path, train_file: Path, tmp_path: Path) -> None:

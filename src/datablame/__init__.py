@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from datablame.comparing import Comparison, compare
     from datablame.encoding import EncodingOptions
     from datablame.errors import UserError
+    from datablame.evaluation.evaluate import evaluate
     from datablame.examples import Columns, Example, load_examples
     from datablame.indexing import CaptureOptions, index
     from datablame.methods import create
@@ -32,6 +33,7 @@ _HOME = {
     "UserError": "errors",
     "compare": "comparing",
     "create": "methods",
+    "evaluate": "evaluation.evaluate",
     "index": "indexing",
     "load_examples": "examples",
     "trace": "tracing",
@@ -50,6 +52,7 @@ __all__ = [
     "UserError",
     "compare",
     "create",
+    "evaluate",
     "index",
     "load_examples",
     "trace",

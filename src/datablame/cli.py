@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from datablame.errors import UserError, printable
+from datablame.evaluation import evaluate_command
 
 if TYPE_CHECKING:
     from datablame.encoding import EncodingOptions
@@ -258,6 +259,9 @@ def compare(
     print_comparison(comparison)
     for path in comparison.save(out):
         typer.echo(f"wrote {path}")
+
+
+app.command()(evaluate_command.evaluate)
 
 
 @app.command()

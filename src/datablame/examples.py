@@ -137,7 +137,8 @@ def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}).") from e
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of every line that is not blank; UserError naming the line that is no JSON object."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -192,7 +193,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path}, row {number}", record
 
 
-_READERS = {".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+_READERS = {".jsonl": jsonl, ".ndjson": jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:
