@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROWS, write_jsonl
+from conftest import ROWS, write_digits, write_jsonl
 from datablame.methods import BUILTIN, method_class
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,8 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 @pytest.fixture
 def workplace(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> Path:
-    """What the pages assume that a user has: a model, an adapter, a training file, queries."""
+    """What the pages assume that a user has: a model, an adapter, a training file, queries, MNIST's files."""
+    write_digits(tmp_path / "mnist")
     (tmp_path / "my-model").symlink_to(model_dir)
     (tmp_path / "my-adapter").symlink_to(adapter_dir)
     write_jsonl(tmp_path / "train.jsonl", [{"prompt": p, "response": r} for p, r in ROWS])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,6 +17,7 @@ from datablame.indexing import Forecast, Reporter
 
 if TYPE_CHECKING:
     from datablame.comparing import Comparison
+    from datablame.paper import Page
     from datablame.scores import Scores
 
 out = Console(highlight=False, soft_wrap=False)
@@ -136,6 +138,22 @@ def print_comparison(comparison: Comparison) -> None:
     out.print(table)
     for (method, error), dampings in failed.items():
         out.print(Text(printable(f"{method} failed at damping {', '.join(dampings)}: {error}"), style="yellow"))
+
+
+def print_page(page: Page) -> None:
+    """A table or figure of the paper: its tables, then what has to be said of them."""
+    out.print(Text(page.title, style="bold"))
+    out.print(Text(printable(", ".join(f"{name.lower()}: {value}" for name, value in page.facts)), style="dim"))
+    for t in page.tables:
+        table = Table(title=Text(printable(t.title)), title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+        table.padding, table.pad_edge = (0, 1, 0, 0), False  # nine columns of numbers on 80 characters
+        for i, heading in enumerate(t.headings):
+            table.add_column(Text(heading), justify="right" if i else "left", overflow="fold")
+        for row in t.rows:
+            table.add_row(*(Text(printable(cell)) for cell in row))
+        out.print(table)
+    for note in page.notes:
+        out.print(Text(printable(note), style="dim"))
 
 
 def print_preview(rows: Sequence[list[tuple[str, bool]]], ids: Sequence[object]) -> None:

@@ -1,0 +1,83 @@
+"""What the experiments' files share: the environment, intervals, writing and reading JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datablame.errors import UserError
+
+PACKAGES = ("datablame", "torch", "transformers", "peft", "numpy", "scipy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the machine, in the only words that results use."""
+    import psutil
+    import torch
+
+    cores, gigabytes = psutil.cpu_count(), round(psutil.virtual_memory().total / 2**30)
+    reference = cores == 2 and 22 <= gigabytes <= 24
+    return {
+        "machine": "the reference machine (2 cores, 24 GB)" if reference else f"{cores} cores, {gigabytes} GB",
+        "threads": torch.get_num_threads(),
+        "versions": {p: version(p) for p in PACKAGES},
+    }
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and its 95 % interval by Student's t, to six digits; no interval for a single value."""
+    import numpy as np
+    from scipy import stats
+
+    n, mean = len(values), float(np.mean(values))
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5) if n > 1 else None
+    return {
+        "mean": _short(mean),
+        "interval95": None if half is None else [_short(mean - half), _short(mean + half)],
+        "values": [_short(v) for v in values],
+    }
+
+
+def _short(x: float) -> float:
+    return float(f"{x:.6g}")
+
+
+def write(path: Path, result: dict[str, Any]) -> Path:
+    """Write `result` with the environment beside it; the file appears only when it is whole."""
+    text = json.dumps({**result, **environment()}, indent=1, allow_nan=False) + "\n"
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}).") from e
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The result at `path`. Raises UserError when it is not there or not whole."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        name = path.stem
+        raise UserError(f"{path}: no such run. First: datablame paper run {name} --out {path.parent}") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path}: cannot be read ({e}). Remove it and run again.") from e
+    if not isinstance(result, dict):
+        raise UserError(f"{path}: is not the result of a run. Remove it and run again.")
+    return result
+
+
+def already_there(path: Path, run: dict[str, Any]) -> bool:
+    """Whether `path` holds this very `run`. Raises UserError when it holds another one, which is not overwritten."""
+    if not path.exists():
+        return False
+    there = read(path).get("run")
+    if there == run:
+        return True
+    differ = [k for k in run if not isinstance(there, dict) or there.get(k) != run[k]]
+    raise UserError(f"{path}: holds another run (its {differ[0]} differs). Name another --out, or remove the file.")

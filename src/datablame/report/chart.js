@@ -1,0 +1,33 @@
+(() => {
+  "use strict";
+  const views = JSON.parse(document.getElementById("views").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const box = document.getElementById("chart");
+  const buttons = [...document.querySelectorAll("#methods button")];
+  const colours = ["#4c8fd0", "#1f5fa8", "#e39a7c", "#c4542f", "#7cb88f", "#2f7f55"];
+  let shown = 0;
+  const draw = () => {
+    const css = getComputedStyle(document.documentElement);
+    const colour = (name) => css.getPropertyValue(name).trim();
+    const { data, layout } = views[shown];
+    const groups = [...new Set(data.map((t) => t.legendgroup ?? t.name))];
+    const traces = data.map((t) => ({ ...t, marker: { color: colours[groups.indexOf(t.legendgroup ?? t.name) % colours.length] } }));
+    const lines = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true };
+    Plotly.react(box, traces, {
+      ...layout,
+      height: 480,
+      margin: { l: 60, r: 8, t: 8, b: 60 },
+      xaxis: { ...lines, type: "category", fixedrange: true },
+      yaxis: { ...layout.yaxis, ...lines, fixedrange: true },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
+      font: { family: css.fontFamily, size: 12, color: colour("--muted") },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") }, align: "left" },
+    }, { responsive: true, displayModeBar: false, displaylogo: false });
+    buttons.forEach((b, i) => b.setAttribute("aria-pressed", String(i === shown)));
+  };
+  buttons.forEach((b, i) => b.addEventListener("click", () => { shown = i; draw(); }));
+  dark.addEventListener("change", draw);
+  draw();
+})();

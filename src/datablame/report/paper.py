@@ -1,0 +1,41 @@
+"""The page of `datablame paper show`: sentences, pictures to choose from, tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from datablame import __version__
+from datablame.errors import UserError
+from datablame.paper import Page
+from datablame.report.figures import plotly_text, script_safe
+from datablame.report.html import environment, flat
+
+
+def write_page(page: Page, path: Path) -> Path:
+    """Write the self-contained page and return its path."""
+    template = environment().get_template("paper.html.j2")
+    text = template.render(
+        page=page,
+        version=__version__,
+        settings=list(flat(page.settings)),
+        views=script_safe(json.dumps(list(map(_escaped, page.views.values())))),
+        plotly=get_plotlyjs(),
+    )
+    try:
+        path.write_bytes(text.encode("utf-8", errors="replace"))
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}).") from e
+    return path
+
+
+def _escaped(view: dict[str, Any]) -> dict[str, Any]:
+    """Names and categories in which plotly finds no tag of its own."""
+    data = []
+    for trace in view["data"]:
+        labels = {"name": plotly_text(trace["name"]), "x": [plotly_text(x) for x in trace["x"]]}
+        data.append({**trace, **labels})
+    return {**view, "data": data}
