@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,9 @@ def _short(x: float) -> float:
 def write(path: Path, result: dict[str, Any]) -> Path:
     """Write `result` with the environment beside it; the file appears only when it is whole."""
     text = json.dumps({**result, **environment()}, indent=1, allow_nan=False) + "\n"
+    text = re.sub(
+        r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text
+    )  # a line for each list of numbers
     part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
