@@ -1,0 +1,194 @@
+"""The benchmark: cells planned, forecast, run where no result with the same fingerprint is there, and written."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datablame.errors import UserError
+from datablame.evaluation.cell import VERSION, Cell, fingerprint, options, run_cell
+from datablame.evaluation.suites import Suite, runs
+from datablame.evaluation.tasks import Task, build, names
+from datablame.evaluation.views import PAD_TO
+from datablame.indexing import SILENT, Reporter, duration
+from datablame.models import ModelSpec, cache_dir, load, load_tokenizer
+
+SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "paper": (0, 1, 2)}
+SMOKE_TASKS = ("mixed-small", "grammars", "backdoor-1")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: cells with the runs that each still lacks, and the tokens that they take."""
+
+    cells: list[tuple[Cell, Task, list[str]]]
+    finished: int
+    tokens: int
+
+    def sentence(self, tokens_per_second: float) -> str:
+        """One line for people."""
+        return (
+            f"{len(self.cells)} cells to run ({self.finished} have a result already) · {self.tokens:,} tokens forward "
+            f"and backward · about {duration(self.tokens / tokens_per_second)} at {tokens_per_second:.0f} tokens/s"
+        )
+
+
+def bench(
+    model: str,
+    out: str | Path,
+    *,
+    suite: Suite = "all",
+    scale: str = "smoke",
+    tasks: Sequence[str] | None = None,
+    methods: str | None = None,
+    seeds: Sequence[int] | None = None,
+    recipes: Sequence[str] = ("sound",),
+    sources: dict[str, Any] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    keep: bool = False,
+    dry: bool = False,
+    reporter: Reporter = SILENT,
+) -> list[Path]:
+    """Run every cell without a result, and write each into `out` as soon as it is done; the paths of all results.
+
+    A cell is a task, a seed and a recipe (`sound`, or `paper`: the paper's own fine-tune, first seed only).
+    `methods` as in `suites.runs`. `dry` only plans and forecasts.
+
+    Raises UserError for an unknown name, and, at the end, when under the sound recipe at a scale above `smoke` a
+    fine-tune has not learnt its behaviour.
+    """
+    wanted = runs(suite, methods)
+    chosen = list(tasks or (SMOKE_TASKS if scale == "smoke" else [n for n in names() if not n.startswith("released")]))
+    numbers = list(seeds or SEEDS.get(scale, (0,)))
+    cells = [
+        Cell(model, task, scale, seed, recipe)  # type: ignore[arg-type]
+        for recipe in recipes
+        for seed in (numbers if recipe == "sound" else numbers[:1])
+        for task in chosen
+    ]
+    model_sha256 = load(ModelSpec(model, None, device, dtype)).model_sha256
+    folder = Path(out)
+    plan = _plan(cells, wanted, folder, model_sha256, sources or {})
+    rate = 150.0 if device is None else 2000.0
+    reporter.note(plan.sentence(rate))
+    paths = [result_path(folder, c) for c in cells]
+    if dry:
+        return paths
+    failed = []
+    for cell, task, missing in plan.cells:
+        start = time.perf_counter()
+        reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
+        work = cache_dir() / "bench"
+        result = run_cell(
+            cell, task, missing, work, model_sha256, device=device, dtype=dtype, keep=keep, reporter=reporter
+        )
+        result["versions"] = versions()
+        result["seconds"]["all"] = round(time.perf_counter() - start, 1)
+        save(result_path(folder, cell), result)
+        learnt = result["learnt"]
+        reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(learnt)}")
+        if not learnt["learnt"] and cell.recipe == "sound" and scale != "smoke":
+            failed.append(cell.name)
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)}: the behaviour was not learnt, so these cells show nothing. Results kept."
+        )
+    return paths
+
+
+def result_path(out: Path, cell: Cell) -> Path:
+    """`OUT/MODEL/SCALE/TASK-RECIPE-sSEED.json`."""
+    return out / Path(cell.model).name / cell.scale / f"{cell.name}.json"
+
+
+def _plan(cells: Sequence[Cell], wanted: Sequence[str], out: Path, model_sha256: str, sources: dict[str, Any]) -> Plan:
+    left, finished, tokens = [], 0, 0
+    for cell in cells:
+        task = build(cell.task, cell.scale, cell.seed, **sources)
+        missing = lacking(result_path(out, cell), fingerprint(cell, task, model_sha256), wanted)
+        if missing:
+            left.append((cell, task, missing))
+            tokens += _tokens(cell, task)
+        else:
+            finished += 1
+    return Plan(left, finished, tokens)
+
+
+def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
+    """The runs that a result file does not hold; all of them where there is none, or one of another fingerprint."""
+    found = read_result(path)
+    if found is None or found.get("fingerprint") != expected:
+        return list(wanted)
+    return [run for run in wanted if any(run not in runs for runs in found["results"].values())]
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A result, or None where there is none that this version wrote. Raises UserError for a damaged file."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["version"] == VERSION else None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: damaged; delete it, and the cell is run again.") from e
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write a result; runs of an earlier one with the same fingerprint stay."""
+    old = read_result(path)
+    if old is not None and old["fingerprint"] == result["fingerprint"]:
+        for kind, found in result["results"].items():
+            result["results"][kind] = old["results"].get(kind, {}) | found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(to_json(result), encoding="utf-8")
+    part.replace(path)
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """One key a line, and one line a run: small, and readable in a diff."""
+    compact: Callable[[Any], str] = lambda x: json.dumps(x, ensure_ascii=False, allow_nan=False)  # noqa: E731
+    lines = []
+    for key, value in result.items():
+        if key == "results":
+            sets = []
+            for kind, found in value.items():
+                inner = ",\n".join(f"   {compact(run)}: {compact(v)}" for run, v in found.items())
+                sets.append(f"  {compact(kind)}: {{\n{inner}\n  }}")
+            lines.append(f' "results": {{\n{",".join(chr(10) + s for s in sets).lstrip()}\n }}')
+        else:
+            lines.append(f" {compact(key)}: {compact(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _tokens(cell: Cell, task: Task) -> int:
+    """Tokens forward and backward, roughly: training, three views of rows and of both sets of responses."""
+    tokenizer = load_tokenizer(cell.model)
+    count = lambda rows: sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in rows)  # noqa: E731
+    train, queries = count(task.train), 2 * count(task.queries)
+    padded = PAD_TO * (len(task.train) + 2 * len(task.queries))
+    epochs = options(cell, task).epochs
+    per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
+    return int(epochs * per_epoch + 2.3 * (train + queries) + padded)
+
+
+def _learnt_line(learnt: dict[str, Any]) -> str:
+    share, loss = learnt["behaves"], learnt["loss"]
+    state = "learnt" if learnt["learnt"] else "behaviour not learnt"
+    return (
+        f"{state}: {share['tuned']:.0%} of the answers show it (base model {share['base']:.0%}), "
+        f"loss a response token {loss['tuned']:.2f} (base {loss['base']:.2f})"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the libraries that decide the numbers."""
+    packages = ("torch", "transformers", "peft", "trl", "numpy", "scipy", "bm25s")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}

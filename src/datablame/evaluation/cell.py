@@ -1,0 +1,308 @@
+"""One cell of the benchmark: a task, a seed, a recipe. From rows to metrics in stages that are kept and resumed.
+
+    stage      in the cell's folder                made of
+    data       train.jsonl, queries.jsonl          the task and its seed
+    tune       adapter/                            the rows and the recipe
+    answers    answers.json                        the queries, answered by the tuned and by the base model
+    features   train/ reference/ generated/        feature stores: all views of the loss, hidden states
+    scores     the result, a small JSON            every run (`method@view`) on both sets of responses
+
+The folder's name carries a digest of everything that decides its content, so that nothing stale is ever read. The
+stores are deleted once the result is written; the adapter is kept.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from datablame.diagnostics import hubs, query_independent_share
+from datablame.encoding import Encoding, EncodingOptions, encode_rows
+from datablame.errors import UserError
+from datablame.evaluation import metrics, views
+from datablame.evaluation.leak import lexical_leak
+from datablame.evaluation.suites import FIGURE, split
+from datablame.evaluation.tasks import Task
+from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
+from datablame.methods import parse
+from datablame.models import Loaded, ModelSpec, answers, load
+from datablame.store import FeatureStore
+from datablame.tracing import Inputs
+from datablame.tuning import TuneOptions, tune
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datablame.examples import Example
+
+VERSION = 1
+"""Of a result file. Another number means that old results are run again."""
+PAPER_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST] ' }}"
+    "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+)
+"""The released code's rendering: no end-of-text token."""
+PAPER_ENCODING = EncodingOptions(template=PAPER_TEMPLATE, loss_on="all", pad_to=views.PAD_TO)
+PAPER_RECIPE = {"rate": 5e-5, "batch": 32, "epochs": 25.0, "early_stop": 3}
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What decides a cell. recipe: `sound`, or `paper`: padding and prompt in the training loss, and its rate."""
+
+    model: str
+    task: str
+    scale: str
+    seed: int
+    recipe: Literal["sound", "paper"] = "sound"
+
+    @property
+    def name(self) -> str:
+        """Of its result file."""
+        return f"{self.task}-{self.recipe}-s{self.seed}"
+
+
+def options(cell: Cell, task: Task) -> TuneOptions:
+    """The recipe of the fine-tune. The paper's differs from the sound one in rate, batch and stopping."""
+    recipe = replace(task.recipe, seed=cell.seed, keep=1)
+    return replace(recipe, **PAPER_RECIPE) if cell.recipe == "paper" else recipe
+
+
+def fingerprint(cell: Cell, task: Task, model_sha256: str) -> str:
+    """sha256 of all that decides the features: rows, queries, truth, recipe, model."""
+    rows = [(e.id, e.label, e.messages) for e in [*task.train, *task.queries]]
+    what = [VERSION, cell.recipe, asdict(options(cell, task)), model_sha256, task.version, rows, list(task.groups)]
+    sha = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+    sha.update(np.packbits(task.truth).tobytes())
+    return sha.hexdigest()
+
+
+def run_cell(
+    cell: Cell,
+    task: Task,
+    runs: Sequence[str],
+    work: Path,
+    model_sha256: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    keep: bool = False,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """Everything for one cell; the result as `benchmarks/results/` keeps it. `keep` leaves the feature stores."""
+    folder = work / f"{cell.name}-{fingerprint(cell, task, model_sha256)[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        done = work()
+        seconds[stage] = round(time.perf_counter() - start, 1)
+        return done
+
+    write_rows(task.train, folder / "train.jsonl")
+    write_rows(task.queries, folder / "queries.jsonl")
+    timed("tune", lambda: _tuned(cell, task, folder, device, dtype, reporter))
+    loaded = load(ModelSpec(cell.model, str(folder / "adapter"), device, dtype))
+    encoder = Encoding(loaded.tokenizer, _attributed(cell), loaded.max_length)
+    said = timed("answers", lambda: _answers(task, folder, loaded, encoder, reporter))
+    sets = {"reference": list(task.queries), "generated": _answered(task, said["tuned"])}
+    stores = timed("features", lambda: _features(task, sets, folder, loaded, encoder, reporter))
+    results = timed("scores", lambda: {s: _scores(task, runs, stores["train"], stores[s], reporter) for s in sets})
+    result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **asdict(cell)}
+    result |= _described(cell, task, said, stores["reference"]) | {"results": results, "seconds": seconds}
+    if not keep:
+        for name in stores:
+            shutil.rmtree(folder / name)
+    return result
+
+
+def _described(cell: Cell, task: Task, said: Mapping[str, Sequence[str]], reference: FeatureStore) -> dict[str, Any]:
+    """What a result says of its task and fine-tune, before any score."""
+    return {
+        "title": task.title,
+        "rows": len(task.train),
+        "labels": [e.label for e in task.train],
+        "main": list(task.main),
+        "recipe_options": asdict(options(cell, task)),
+        "learnt": _learnt(task, said, reference),
+        "leak": lexical_leak(task),
+        "queries": [
+            {"id": e.id, "label": e.label, "group": g, "answer": a}
+            for e, g, a in zip(task.queries, task.groups, said["tuned"], strict=True)
+        ],
+        "chance": {k: _rounded(v) for k, v in metrics.chance(task.truth, n_classes(task)).items()},
+    }
+
+
+def n_classes(task: Task) -> int:
+    """Classes among the training rows, as the paper's coverage counts them."""
+    return len({e.label for e in task.train})
+
+
+# ---------------------------------------------------------------- stages
+
+
+def write_rows(rows: Sequence[Example], path: Path) -> None:
+    """As a user would hand them in: prompt, response, id, label."""
+    lines = [{"id": e.id, "prompt": e.prompt, "response": e.response, "label": e.label} for e in rows]
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def _tuned(cell: Cell, task: Task, folder: Path, device: str | None, dtype: str | None, reporter: Reporter) -> None:
+    adapter = folder / "adapter"
+    if (adapter / "datablame.json").exists():
+        return
+    shutil.rmtree(adapter, ignore_errors=True)  # an interrupted training has no record
+    paper = cell.recipe == "paper"
+    tune(
+        cell.model,
+        folder / "train.jsonl",
+        adapter,
+        validation=folder / "queries.jsonl" if paper else None,
+        options=options(cell, task),
+        encoding=PAPER_ENCODING if paper else None,
+        device=device,
+        dtype=dtype,
+        reporter=reporter,
+    )
+
+
+def _attributed(cell: Cell) -> EncodingOptions:
+    """How rows are rendered for attribution: as in training; the padding is a view of its own."""
+    return replace(PAPER_ENCODING, loss_on="response", pad_to=None) if cell.recipe == "paper" else EncodingOptions()
+
+
+def _answers(task: Task, folder: Path, loaded: Loaded, encoder: Encoding, reporter: Reporter) -> dict[str, list[str]]:
+    path = folder / "answers.json"
+    if not path.exists():
+        reporter.note(f"answering {len(task.queries)} queries, with and without the adapter")
+        prompts = [encoder.prompt_ids(e) for e in task.queries]
+        said = {"tuned": answers(loaded, prompts, MAX_NEW_TOKENS)}
+        with loaded.without_adapter():
+            said["base"] = answers(loaded, prompts, MAX_NEW_TOKENS)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
+        part.replace(path)
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _answered(task: Task, tuned: Sequence[str]) -> list[Example]:
+    """The queries with the model's own answers; an empty answer, which has no loss, becomes a full stop."""
+    return [e.with_response(a if a.strip() else ".") for e, a in zip(task.queries, tuned, strict=True)]
+
+
+def _features(
+    task: Task, sets: Mapping[str, list[Example]], folder: Path, loaded: Loaded, encoder: Encoding, reporter: Reporter
+) -> dict[str, FeatureStore]:
+    engine = Engine(loaded, CaptureOptions())
+    stores = {}
+    for name, examples in {"train": list(task.train), **sets}.items():
+        rows = encode_rows(encoder, examples)
+        settings = {**engine.settings(), "train_sha256": digest(examples, rows)}
+        tensors = engine.adapter_tensors()
+        store = FeatureStore.create(folder / name, settings, views.widths(engine), examples, engine.dtype, tensors)
+        reporter.note(f"features of {name}: {len(rows)} rows, {sum(len(r.input_ids) for r in rows):,} tokens")
+        fill(store, rows, views.capture_views(engine), reporter)
+        stores[name] = FeatureStore.open(folder / name)
+    return stores
+
+
+# ---------------------------------------------------------------- scores and metrics
+
+
+class CellInputs(Inputs):
+    """What a method needs, from the two stores, under one view of the loss."""
+
+    def __init__(self, train: FeatureStore, queries: FeatureStore, view: str | None) -> None:
+        super().__init__(train, queries.examples, {})
+        self.query_store, self.view = queries, view or "response"
+
+    def of_train(self, kind: str) -> Mapping[str, Tensor]:
+        """Features of the training rows."""
+        return views.gradients(self.store, self.view) if kind == "gradients" else self.store.features(kind)
+
+    def of_queries(self, kind: str) -> Mapping[str, Tensor]:
+        """Features of the queries."""
+        store = self.query_store
+        return views.gradients(store, self.view) if kind == "gradients" else store.features(kind)
+
+
+def _scores(
+    task: Task, runs: Sequence[str], train: FeatureStore, queries: FeatureStore, reporter: Reporter
+) -> dict[str, Any]:
+    """`{run: {metric: [m], top, …}}`; a run that fails says why.
+
+    top: the highest training row of each query. hub: of how many queries the most frequent one is. heat: for
+    FIGURE runs, the scores in 256 steps from the lowest to the highest of each query, one byte each.
+    """
+    out: dict[str, Any] = {}
+    reporter.start("score", len(runs), "runs")
+    for run in runs:
+        spec, view = split(run)
+        start = time.perf_counter()
+        try:
+            values = CellInputs(train, queries, view).score(parse(spec))
+            found: dict[str, Any] = {k: _rounded(v) for k, v in per_query(values, task).items()}
+            found["query_independent_share"] = _number(query_independent_share(values))
+            found["hub"] = hubs(values)[1]
+            found["top"] = values.argmax(axis=1).tolist()
+            if run in FIGURE:
+                found["heat"] = heat(values)
+        except UserError as e:
+            found = {"error": str(e)}
+        out[run] = {**found, "seconds": round(time.perf_counter() - start, 2)}
+        reporter.advance(1)
+    reporter.end()
+    return out
+
+
+def heat(scores: np.ndarray[Any, Any]) -> str:
+    """Base64 of `[m, n]` bytes: 0 at each query's lowest score, 255 at its highest."""
+    low, high = scores.min(axis=1, keepdims=True), scores.max(axis=1, keepdims=True)
+    steps = np.rint(255 * (scores - low) / np.where(high > low, high - low, 1.0))
+    return base64.b64encode(steps.astype(np.uint8).tobytes()).decode()
+
+
+def per_query(scores: np.ndarray[Any, Any], task: Task) -> dict[str, np.ndarray[Any, Any]]:
+    """The metrics, one number a query."""
+    return metrics.per_query(scores, task.truth, n_classes(task))
+
+
+def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureStore) -> dict[str, Any]:
+    """Did the fine-tune teach the behaviour? Share of answers that show it, and loss per response token."""
+    shows = {who: [task.behaves(e, a) for e, a in zip(task.queries, said[who], strict=True)] for who in said}
+    tokens = reference.features("length")["length"].sum()
+    loss = {
+        who: float(reference.features(kind)[kind].sum() / tokens)
+        for who, kind in (("tuned", "loss"), ("base", "base-loss"))
+    }
+    behaves = {who: float(np.mean(shows[who])) for who in shows}
+    by_group = {
+        g: {who: float(np.mean([s for s, h in zip(shows[who], task.groups, strict=True) if h == g])) for who in shows}
+        for g in dict.fromkeys(task.groups)
+    }
+    learnt = behaves["tuned"] >= LEARNT and loss["tuned"] < loss["base"]
+    return {"learnt": bool(learnt), "behaves": behaves, "by_group": by_group, "loss": loss}
+
+
+LEARNT = 0.7
+"""Share of the queries that the tuned model must answer as their class asks."""
+
+
+def _rounded(values: np.ndarray[Any, Any]) -> list[float]:
+    return [round(float(v), 5) for v in values]
+
+
+def _number(value: float) -> float | None:
+    return round(value, 5) if np.isfinite(value) else None

@@ -1,0 +1,123 @@
+"""Which methods a benchmark runs, under which view of the loss: the two protocols, and the ladder between them.
+
+A *run* is spelt `method@view`, such as `gradcos:center=1@response`; without a view the method does not look at the
+loss. Views are those of views.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from datablame.errors import UserError, nearest
+from datablame.evaluation.views import VIEWS
+from datablame.methods import parse, parse_list
+
+Suite = Literal["paper", "sound", "all"]
+
+PAPER = (
+    "graddot@padded",
+    "datainf:damping=0.1@padded",
+    "lissa:protocol=paper,steps=10,damping=0.1@padded",
+    "exact-block:damping=0.1@padded",
+    "gradcos@padded",
+    "repsim:layer=last,text=prompt",
+)
+"""The released code's methods and its λ on its loss; below them the exact solution and the cosine on the same loss."""
+
+SIDES = ("response", "prompt", "all")
+BY_SIDE = (
+    "graddot",
+    "gradcos",
+    "gradcos:over=row",
+    "gradcos:center=1",
+    "adamdot:center=1,relatif=l",
+    "datainf:damping=0.1",
+    "lissa:steps=10,damping=0.1",
+    "exact-block:damping=0.1",
+    "exact:damping=0.1",
+    "exact:damping=10.0",
+)
+SOUND = (
+    *(f"{method}@{side}" for method in BY_SIDE for side in SIDES),
+    "repsim:layer=last,text=prompt",
+    "repsim:layer=last,text=response",
+    "repsim:layer=middle,text=prompt",
+    "repsim:layer=middle,text=response",
+)
+CONTROLS = (
+    "repsim-base:layer=middle,text=prompt",
+    "repsim-base:layer=middle,text=response",
+    "bm25:text=prompt",
+    "bm25:text=response",
+    "bm25:text=both",
+    "gradnorm@response",
+    "length",
+    "random",
+)
+"""Run with either suite."""
+
+LADDER = (
+    ("as released", "graddot@padded"),
+    ("padding out of the loss", "graddot@all"),
+    ("prompt out of the loss", "graddot@response"),
+    ("cosine", "gradcos@response"),
+    ("centred", "gradcos:center=1@response"),
+    ("Adam-scaled", "adamdot:center=1,relatif=l@response"),
+    ("damped exact solve", "exact:damping=0.1@response"),
+)
+"""From the paper's gradient similarity to the sound protocol, one step at a time."""
+REPSIM_LADDER = (
+    ("as released", "repsim:layer=last,text=prompt"),
+    ("with the response", "repsim:layer=last,text=response"),
+    ("middle layer", "repsim:layer=middle,text=response"),
+    ("base model", "repsim-base:layer=middle,text=response"),
+    ("BM25", "bm25:text=both"),
+)
+
+FIGURE = (
+    "graddot@padded",
+    "datainf:damping=0.1@padded",
+    "lissa:protocol=paper,steps=10,damping=0.1@padded",
+    "repsim:layer=last,text=prompt",
+    "gradcos@response",
+    "exact:damping=0.1@response",
+    "repsim:layer=middle,text=response",
+)
+"""Runs whose scores are drawn, as in the paper's Figures 1 and 2; the first four are the paper's own."""
+
+
+def runs(suite: Suite, methods: str | None = None) -> list[str]:
+    """The runs of a suite, or those that `methods` names: a method without a view gets every view it can have.
+
+    Raises UserError for an unknown suite, method or view.
+    """
+    if suite not in ("paper", "sound", "all"):
+        raise UserError(f"--suite {suite!r}: use paper, sound or all.")
+    if methods is None:
+        chosen = {"paper": PAPER, "sound": SOUND, "all": (*PAPER, *SOUND)}[suite]
+        return list(dict.fromkeys([*chosen, *CONTROLS]))
+    views = {"paper": ("padded",), "sound": SIDES, "all": VIEWS}[suite]
+    out: list[str] = []
+    for spec in parse_list(methods):
+        name, view = split(spec)
+        if view or not sees_loss(name):
+            out.append(spec)
+        else:
+            out += [f"{name}@{v}" for v in views]
+    return out
+
+
+def split(run: str) -> tuple[str, str | None]:
+    """`method@view` to its parts, checked."""
+    method, _, view = run.partition("@")
+    parse(method)
+    if view and view not in VIEWS:
+        raise UserError(f"{run}: no such view of the loss.{nearest(view, VIEWS)}")
+    if view and not sees_loss(method):
+        raise UserError(f"{run}: {method} does not look at the loss; leave out @{view}.")
+    return method, view or None
+
+
+def sees_loss(method: str) -> bool:
+    """Does the method take gradients, which depend on what the loss is taken on?"""
+    return parse(method).needs.startswith(("gradients", "adam"))

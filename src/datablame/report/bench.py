@@ -1,0 +1,64 @@
+"""The page of a benchmark: the ladder, the paper's tables, and one table a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from datablame import __version__
+from datablame.evaluation import figures
+from datablame.evaluation.metrics import METRICS
+from datablame.evaluation.results import TaskResults
+from datablame.evaluation.tables import HEADINGS, PAPER_TABLES, ladder_rows, paper_rows, task_rows
+from datablame.report.figures import script_safe
+from datablame.report.html import environment
+
+
+def write_bench(found: Mapping[str, TaskResults], path: Path) -> Path:
+    """Write the self-contained page and return its path."""
+    page = environment().get_template("bench.html.j2").render(context(found))
+    path.write_bytes(page.encode("utf-8", errors="replace"))
+    return path
+
+
+def context(found: Mapping[str, TaskResults]) -> dict[str, Any]:
+    """Everything the template prints."""
+    maps = {task: figures.heat_maps(results) for task, results in found.items()}
+    drawn = {"ladder": figures.ladder(found), **{f"heat-{t}": m for t, m in maps.items() if m is not None}}
+    first = next(iter(found.values())).results[0]
+    return {
+        "version": __version__,
+        "model": first["model"],
+        "scale": first["scale"],
+        "recipe": first["recipe"],
+        "ladder": ladder_rows(found),
+        "paper": {PAPER_TABLES[n][0]: paper_rows(n, found) for n in PAPER_TABLES},
+        "tasks": {t: _task(r) for t, r in found.items()},
+        "metrics": [HEADINGS[m] for m in METRICS],
+        "figures": script_safe(json.dumps({k: json.loads(f.to_json()) for k, f in drawn.items()})),
+        "drawn": list(drawn),
+        "plotly": get_plotlyjs(),
+    }
+
+
+def _task(results: TaskResults) -> dict[str, Any]:
+    """Facts and tables of one task."""
+    first = results.results[0]
+    tables = {"reference responses": task_rows(results)}
+    tables["the model's own answers"] = task_rows(results, "generated")
+    for group in results.groups()[1:]:
+        if len(results.groups()) > 2:
+            tables[f"queries: {group}"] = task_rows(results, "reference", group)
+    return {
+        "title": first["title"],
+        "rows": first["rows"],
+        "queries": len(first["queries"]),
+        "seeds": [r["seed"] for r in results.results],
+        "leak": [r["leak"] for r in results.results],
+        "learnt": [r["learnt"] for r in results.results],
+        "tables": tables,
+    }
