@@ -13,7 +13,6 @@ stores are deleted once the result is written; the adapter is kept.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import shutil
@@ -25,23 +24,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from datablame.diagnostics import hubs, query_independent_share
 from datablame.encoding import Encoding, EncodingOptions, encode_rows
-from datablame.errors import UserError
 from datablame.evaluation import metrics, views
 from datablame.evaluation.leak import lexical_leak
-from datablame.evaluation.suites import FIGURE, split
+from datablame.evaluation.scoring import keep_matrices, measured, n_classes, rounded, score_runs
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
-from datablame.methods import parse
 from datablame.models import Loaded, ModelSpec, answers, load
 from datablame.store import FeatureStore
-from datablame.tracing import Inputs
 from datablame.tuning import TuneOptions, tune
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from datablame.examples import Example
 
 VERSION = 1
@@ -54,6 +47,8 @@ PAPER_TEMPLATE = (
 PAPER_ENCODING = EncodingOptions(template=PAPER_TEMPLATE, loss_on="all", pad_to=views.PAD_TO)
 PAPER_RECIPE = {"rate": 5e-5, "batch": 32, "epochs": 25.0, "early_stop": 3}
 MAX_NEW_TOKENS = 48
+MATRICES = "scores.npz"
+"""In a cell's folder: the score matrices for the reference responses."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,9 @@ def run_cell(
     said = timed("answers", lambda: _answers(task, folder, loaded, encoder, reporter))
     sets = {"reference": list(task.queries), "generated": _answered(task, said["tuned"])}
     stores = timed("features", lambda: _features(task, sets, folder, loaded, encoder, reporter))
-    results = timed("scores", lambda: {s: _scores(task, runs, stores["train"], stores[s], reporter) for s in sets})
+    scored = timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in sets})
+    keep_matrices(folder / MATRICES, scored["reference"])
+    results = {s: {run: measured(task, run, found[run]) for run in runs} for s, found in scored.items()}
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **asdict(cell)}
     result |= _described(cell, task, said, stores["reference"]) | {"results": results, "seconds": seconds}
     if not keep:
@@ -141,13 +138,8 @@ def _described(cell: Cell, task: Task, said: Mapping[str, Sequence[str]], refere
             {"id": e.id, "label": e.label, "group": g, "answer": a}
             for e, g, a in zip(task.queries, task.groups, said["tuned"], strict=True)
         ],
-        "chance": {k: _rounded(v) for k, v in metrics.chance(task.truth, n_classes(task)).items()},
+        "chance": {k: rounded(v) for k, v in metrics.chance(task.truth, n_classes(task)).items()},
     }
-
-
-def n_classes(task: Task) -> int:
-    """Classes among the training rows, as the paper's coverage counts them."""
-    return len({e.label for e in task.train})
 
 
 # ---------------------------------------------------------------- stages
@@ -218,65 +210,7 @@ def _features(
     return stores
 
 
-# ---------------------------------------------------------------- scores and metrics
-
-
-class CellInputs(Inputs):
-    """What a method needs, from the two stores, under one view of the loss."""
-
-    def __init__(self, train: FeatureStore, queries: FeatureStore, view: str | None) -> None:
-        super().__init__(train, queries.examples, {})
-        self.query_store, self.view = queries, view or "response"
-
-    def of_train(self, kind: str) -> Mapping[str, Tensor]:
-        """Features of the training rows."""
-        return views.gradients(self.store, self.view) if kind == "gradients" else self.store.features(kind)
-
-    def of_queries(self, kind: str) -> Mapping[str, Tensor]:
-        """Features of the queries."""
-        store = self.query_store
-        return views.gradients(store, self.view) if kind == "gradients" else store.features(kind)
-
-
-def _scores(
-    task: Task, runs: Sequence[str], train: FeatureStore, queries: FeatureStore, reporter: Reporter
-) -> dict[str, Any]:
-    """`{run: {metric: [m], top, …}}`; a run that fails says why.
-
-    top: the highest training row of each query. hub: of how many queries the most frequent one is. heat: for
-    FIGURE runs, the scores in 256 steps from the lowest to the highest of each query, one byte each.
-    """
-    out: dict[str, Any] = {}
-    reporter.start("score", len(runs), "runs")
-    for run in runs:
-        spec, view = split(run)
-        start = time.perf_counter()
-        try:
-            values = CellInputs(train, queries, view).score(parse(spec))
-            found: dict[str, Any] = {k: _rounded(v) for k, v in per_query(values, task).items()}
-            found["query_independent_share"] = _number(query_independent_share(values))
-            found["hub"] = hubs(values)[1]
-            found["top"] = values.argmax(axis=1).tolist()
-            if run in FIGURE:
-                found["heat"] = heat(values)
-        except UserError as e:
-            found = {"error": str(e)}
-        out[run] = {**found, "seconds": round(time.perf_counter() - start, 2)}
-        reporter.advance(1)
-    reporter.end()
-    return out
-
-
-def heat(scores: np.ndarray[Any, Any]) -> str:
-    """Base64 of `[m, n]` bytes: 0 at each query's lowest score, 255 at its highest."""
-    low, high = scores.min(axis=1, keepdims=True), scores.max(axis=1, keepdims=True)
-    steps = np.rint(255 * (scores - low) / np.where(high > low, high - low, 1.0))
-    return base64.b64encode(steps.astype(np.uint8).tobytes()).decode()
-
-
-def per_query(scores: np.ndarray[Any, Any], task: Task) -> dict[str, np.ndarray[Any, Any]]:
-    """The metrics, one number a query."""
-    return metrics.per_query(scores, task.truth, n_classes(task))
+# ---------------------------------------------------------------- was it learnt?
 
 
 def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureStore) -> dict[str, Any]:
@@ -298,11 +232,3 @@ def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureSto
 
 LEARNT = 0.7
 """Share of the queries that the tuned model must answer as their class asks."""
-
-
-def _rounded(values: np.ndarray[Any, Any]) -> list[float]:
-    return [round(float(v), 5) for v in values]
-
-
-def _number(value: float) -> float | None:
-    return round(value, 5) if np.isfinite(value) else None

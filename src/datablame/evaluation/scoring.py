@@ -1,0 +1,122 @@
+"""The last stages of a cell: every run scores the queries, and is measured against the truth."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from datablame.diagnostics import hubs, query_independent_share
+from datablame.errors import UserError
+from datablame.evaluation import metrics, views
+from datablame.evaluation.suites import FIGURE, split
+from datablame.evaluation.tasks import Task
+from datablame.indexing import Reporter
+from datablame.methods import parse
+from datablame.store import FeatureStore
+from datablame.tracing import Inputs
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Matrix = Float[np.ndarray, "m n"]
+
+
+class Scored(NamedTuple):
+    """What a run gave: `[m, n]`, or why not; and the seconds that it took, features read from disk included."""
+
+    values: Matrix | None
+    error: str
+    seconds: float
+
+
+class CellInputs(Inputs):
+    """What a method needs, from the stores of training rows and queries, under one view of the loss."""
+
+    def __init__(self, train: FeatureStore, queries: FeatureStore, view: str | None) -> None:
+        super().__init__(train, queries.examples, {})
+        self.query_store, self.view = queries, view or "response"
+
+    def of_train(self, kind: str) -> Mapping[str, Tensor]:
+        """Features of the training rows."""
+        return views.gradients(self.store, self.view) if kind == "gradients" else self.store.features(kind)
+
+    def of_queries(self, kind: str) -> Mapping[str, Tensor]:
+        """Features of the queries."""
+        store = self.query_store
+        return views.gradients(store, self.view) if kind == "gradients" else store.features(kind)
+
+
+def score_runs(
+    runs: Sequence[str], train: FeatureStore, queries: FeatureStore, reporter: Reporter
+) -> dict[str, Scored]:
+    """Every run on one set of responses; one that fails says why, and the others go on."""
+    out: dict[str, Scored] = {}
+    reporter.start("score", len(runs), "runs")
+    for run in runs:
+        spec, view = split(run)
+        start, values, error = time.perf_counter(), None, ""
+        try:
+            values = CellInputs(train, queries, view).score(parse(spec))
+        except UserError as e:
+            error = str(e)
+        out[run] = Scored(values, error, round(time.perf_counter() - start, 2))
+        reporter.advance(1)
+    reporter.end()
+    return out
+
+
+def measured(task: Task, run: str, scored: Scored) -> dict[str, Any]:
+    """What a result keeps of a run: `{metric: [m], query_independent_share, hub, top, seconds}`, or its error.
+
+    top: the highest training row of each query. hub: of how many queries the most frequent one is. heat: for
+    FIGURE runs, the scores in 256 steps from the lowest to the highest of each query, one byte each.
+    """
+    values = scored.values
+    if values is None:
+        return {"error": scored.error, "seconds": scored.seconds}
+    share = query_independent_share(values)
+    found: dict[str, Any] = {k: rounded(v) for k, v in metrics.per_query(values, task.truth, n_classes(task)).items()}
+    found["query_independent_share"] = round(share, 5) if np.isfinite(share) else None
+    found["hub"] = hubs(values)[1]
+    found["top"] = values.argmax(axis=1).tolist()
+    if run in FIGURE:
+        found["heat"] = heat(values)
+    return found | {"seconds": scored.seconds}
+
+
+def n_classes(task: Task) -> int:
+    """Classes among the training rows, as the paper's coverage counts them."""
+    return len({e.label for e in task.train})
+
+
+def heat(scores: Matrix) -> str:
+    """Base64 of `[m, n]` bytes: 0 at each query's lowest score, 255 at its highest."""
+    low, high = scores.min(axis=1, keepdims=True), scores.max(axis=1, keepdims=True)
+    steps = np.rint(255 * (scores - low) / np.where(high > low, high - low, 1.0))
+    return base64.b64encode(steps.astype(np.uint8).tobytes()).decode()
+
+
+def rounded(values: Float[np.ndarray, " m"]) -> list[float]:
+    """To five digits, for a file."""
+    return [round(float(v), 5) for v in values]
+
+
+def keep_matrices(path: Path, scored: Mapping[str, Scored]) -> None:
+    """Write the score matrices, beside those of earlier runs in the same file."""
+    matrices = read_matrices(path) if path.exists() else {}
+    matrices |= {run: s.values for run, s in scored.items() if s.values is not None}
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(part, **{run: m.astype(np.float32) for run, m in matrices.items()})  # type: ignore[arg-type]
+    part.replace(path)
+
+
+def read_matrices(path: Path) -> dict[str, Matrix]:
+    """`{run: [m, n]}`."""
+    with np.load(path, allow_pickle=False) as file:
+        return {run: file[run].astype(np.float64) for run in file.files}
