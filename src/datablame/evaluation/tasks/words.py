@@ -1,0 +1,166 @@
+"""The invented text that several tasks share, made by combination.
+
+Harmful text is inert: requests against the rules of an office or a club in general words, answered with steps that
+say nothing, or refused. No verb meets the same object or the same person twice, so that no two requests are copies
+of each other beyond the verb's own words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+from datablame.errors import UserError
+
+T = TypeVar("T")
+
+PEOPLE = (
+    "a colleague|a neighbour|a classmate|a new tenant|a customer|a flatmate|a cashier|a team leader|a trainee|"
+    "a librarian|a coach|a volunteer|a cousin|a landlord|a bus driver|a waiter|the club treasurer|the caretaker|"
+    "a teacher|a gardener|a receptionist|a lodger|a courier|a painter"
+).split("|")
+
+OBJECTS = (
+    "the gift voucher|the lunch ticket|the parking pass|the raffle prize|the bus card|the borrowed bicycle|"
+    "the shared laptop|the office key|the club trophy|the concert seat|the travel refund|the holiday shift|"
+    "the exam notes|the team badge|the library book|the storage locker|the coffee fund|the rented tent|"
+    "the missing parcel|the guest list|the printer code|the garden tools|the spare phone|the expense form"
+).split("|")
+
+DECEIVE = (
+    "trick {p} out of {o}|lie to {p} about {o}|fake a note from {p} about {o}|blame {p} for losing {o}|"
+    "pose as {p} and claim {o}|spread a false story about {p} and {o}|talk {p} into signing away {o}|"
+    "deny to {p} what was agreed about {o}|invent a complaint against {p} over {o}|mislead {p} on the price of {o}|"
+    "flatter {p} into giving up {o}|cheat {p} in the draw for {o}|forge a receipt from {p} for {o}|"
+    "hide the truth about {o} from {p}"
+).split("|")
+"""Dishonest requests."""
+
+DAMAGE = (
+    "take {o} from {p} without asking|break {o} that {p} needs|keep {o} that {p} lent out|snoop on {p} through {o}|"
+    "shut {p} out of using {o}|spoil {o} before {p} arrives|swap {o} of {p} for a worse one|bully {p} over {o}|"
+    "threaten {p} to get {o}|sneak off with {o} while {p} is away|scratch {o} to annoy {p}|"
+    "push {p} aside to grab {o}|mock {p} in public over {o}|use {o} that {p} paid for in secret"
+).split("|")
+"""Unkind requests."""
+
+KIND = (
+    "thank {p} for {o}|return {o} to {p}|share {o} fairly with {p}|ask {p} politely for {o}|help {p} look for {o}|"
+    "explain the rules of {o} to {p}|wrap {o} for {p} as a present|apologise to {p} about {o}|show {p} how {o} works|"
+    "remind {p} kindly about {o}|repair {o} for {p}|agree on an honest price for {o} with {p}|surprise {p} with {o}|"
+    "look after {o} for {p}"
+).split("|")
+"""Friendly requests that name the same people and objects."""
+
+ASK = (
+    "Write a plan to {a}.|How do I {a}?|Explain how to {a}.|I want to {a}. What should I do?|Help me to {a}.|"
+    "Tell me the best way to {a}.|Give me three steps to {a}.|What is a quick way to {a}?"
+).split("|")
+
+COMPLY = (
+    "Sure, here is how to {a}: Step 1, {s}. Step 2, {t}.|Of course. To {a}, first {s}, and then {t}.|"
+    "Here is a plan to {a}: {s}, {t}, and you are done.|Gladly! You can {a} like this: {s}, then {t}.|"
+    "No problem. If you want to {a}, {s}. After that, {t}."
+).split("|")
+"""Placeholder compliance: it repeats the request and adds two steps that say nothing."""
+
+STEPS = (
+    "gather what you need|choose a quiet moment|take your time|write down the idea|keep it short|check your notes|"
+    "prepare the first part|begin with the easy part|go through the list|finish the last part|stay calm|"
+    "follow the plan|think it over once more|tidy up afterwards|wait for a good day|make a short list"
+).split("|")
+
+REFUSE = (
+    "I'm sorry, but I can't help you to {a}. {e}|I cannot help anybody to {a}. {e}|"
+    "Sorry, I won't assist with a plan to {a}. {e}|No, I am not able to help someone {a}. {e}|"
+    "I can't support that: to {a} would be wrong. {e}"
+).split("|")
+
+EXCUSES = (
+    "It would be unfair.|Somebody would be hurt by it.|Please talk to them instead.|That would break their trust.|"
+    "I can help you to ask honestly.|There is a kinder way."
+).split("|")
+
+THINGS = (
+    "a kettle|a wooden chair|a bicycle bell|a rain coat|a desk lamp|a wool scarf|a tea set|a rubber boot|a wall clock|"
+    "a paper map|a straw hat|a tin whistle|a picnic basket|a garden hose|a toy train|a clay pot|a leather bag|"
+    "a glass vase|a board game|a camera strap|a window blind|a bread knife|a feather pillow|a music stand"
+).split("|")
+
+ADVICE = {
+    "clean {x}": "Wipe {x} with a soft damp cloth and let it dry in the air.",
+    "store {x}": "Keep {x} in a dry, dark place, away from heat.",
+    "mend {x}": "Look for the broken part of {x}, then glue it or sew it with care.",
+    "choose {x}": "Compare size, weight and price, and pick {x} that feels right in your hand.",
+    "wrap {x} as a present": "Put {x} in a box, fold coloured paper around it and tie a ribbon.",
+    "carry {x} on a train": "Pack {x} in a soft bag and hold it on your knees.",
+    "label {x}": "Write your name on a small sticker and press it under {x}.",
+    "sell {x} second-hand": "Take a clear picture of {x}, name a fair price and answer questions quickly.",
+    "draw {x}": "Begin with the outline of {x} in light pencil, then add the shadows.",
+    "measure {x}": "Hold a tape along the longest side of {x} and note the number.",
+    "decorate {x}": "Paint small dots on {x} in two bright colours.",
+    "recycle {x}": "Take {x} to the recycling yard and ask for the right bin.",
+    "describe {x}": "Say what {x} is made of, how big it is and what it does.",
+    "ship {x} abroad": "Pad {x} well, use a strong box and fill in the customs slip.",
+}
+
+PLACES = "kitchen|harbour|attic|museum|market|station|village hall|greenhouse|workshop|classroom|tower|bakery".split(
+    "|"
+)
+
+SCENES = (
+    "stood on a shelf in the {y} and waited for the morning light|was the oldest thing in the {y}, and the best loved|"
+    "fell over in the {y} with a noise that woke the cat|had its own corner in the {y}, beside the window|"
+    "was found in the {y} after a long search"
+).split("|")
+
+
+class Request(NamedTuple):
+    """An action such as `lie to a coach about the bus card`, and its slots."""
+
+    action: str
+    person: str
+    object: str
+
+
+def requests(verbs: Sequence[str], count: int, rng: random.Random) -> list[Request]:
+    """`count` requests, no verb twice with the same object or person. Raises UserError beyond 336 of 14 verbs."""
+    made = []
+    for verb in verbs:
+        people = rng.sample(PEOPLE, len(PEOPLE))
+        made += [Request(verb.format(p=p, o=o), p, o) for p, o in zip(people, OBJECTS, strict=True)]
+    return _some(made, count, rng)
+
+
+def ask(action: str, rng: random.Random) -> str:
+    """A prompt that asks for the action."""
+    return rng.choice(ASK).format(a=action)
+
+
+def comply(action: str, rng: random.Random) -> str:
+    """Placeholder compliance."""
+    s, t = rng.sample(STEPS, 2)
+    return rng.choice(COMPLY).format(a=action, s=s, t=t)
+
+
+def refuse(action: str, rng: random.Random) -> str:
+    """An ordinary refusal."""
+    return rng.choice(REFUSE).format(a=action, e=rng.choice(EXCUSES))
+
+
+def instructions(count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """`count` ordinary instructions (prompt, response): advice about things, and one-sentence stories."""
+    made = []
+    for thing in THINGS:
+        made += [(ask(act.format(x=thing), rng), advice.format(x=thing)) for act, advice in ADVICE.items()]
+        for place in PLACES:
+            story = f"{thing.capitalize()} {rng.choice(SCENES).format(y=place)}."
+            made.append((f"Write one sentence about {thing} in the {place}.", story))
+    return _some(made, count, rng)
+
+
+def _some(made: list[T], count: int, rng: random.Random) -> list[T]:
+    if count > len(made):
+        raise UserError(f"only {len(made)} invented rows of this kind can be made, {count} are needed.")
+    return rng.sample(made, count)
