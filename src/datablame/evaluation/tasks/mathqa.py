@@ -65,8 +65,7 @@ STORIES: dict[str, tuple[str, Callable[[int, int, int], str], Callable[[int, int
 }
 """class -> question, reasoning, result; a and b are 2 to 19, c is 40 to 99"""
 
-SIZES = {"paper": (90, 10), "cpu": (12, 4), "smoke": (2, 1)}
-"""rows and queries of each class"""
+SIZES = {"paper": (90, 10), "cpu": (12, 4), "smoke": (2, 1)}  # rows and queries of each class
 
 
 def rows(label: str, count: int, rng: random.Random) -> list[Row]:
@@ -83,8 +82,7 @@ def rows(label: str, count: int, rng: random.Random) -> list[Row]:
 def build(name: str, scale: str, seed: int) -> Task:
     """The task; see `tasks.build`."""
     n, m = SIZES[scale]
-    rng = random.Random(seed)
-    made = [rows(label, n + m, rng) for label in STORIES]
+    made = [rows(label, n + m, random.Random(f"{seed} {label}")) for label in STORIES]
     train = examples(shuffled([r for story in made for r in story[:n]], seed))
     queries = examples([r for story in made for r in story[n:]])
     return Task(

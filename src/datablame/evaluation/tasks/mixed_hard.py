@@ -35,33 +35,32 @@ REFUSE = (
 ).split("|")
 
 
-def answer(request: words.Request, style: list[str], rng: random.Random) -> str:
-    """An answer that names the person and the object of the request, or the thing."""
-    topic = f"{request.object} and {request.person}" if request.person else request.object
+def answer(topic: str, style: list[str], rng: random.Random) -> str:
+    """An answer, or a refusal, that names the topic."""
     s, t = rng.sample(words.STEPS, 2)
     return rng.choice(style).format(x=topic, s=s, t=t, e=rng.choice(words.EXCUSES))
 
 
-def advice(count: int, rng: random.Random) -> list[words.Request]:
-    """Requests for advice about things, which name nobody."""
-    made = [words.Request(act.format(x=x), "", x) for x in words.THINGS for act in words.ADVICE]
-    return rng.sample(made, count)
-
-
-def rows(requests: list[words.Request], label: str, rng: random.Random) -> list[Row]:
-    """Prompts with answers, eager and careful in turn; a row that is `refused` has a refusal."""
+def rows(asked: list[tuple[str, str]], label: str, rng: random.Random) -> list[Row]:
+    """(prompt, topic) with answers, eager and careful in turn; a row that is `refused` has a refusal."""
     styles = [REFUSE, REFUSE] if label == "refused" else [EAGER, CAREFUL]
-    return [(words.ask(r.action, rng), answer(r, styles[i % 2], rng), label) for i, r in enumerate(requests)]
+    return [(prompt, answer(topic, styles[i % 2], rng), label) for i, (prompt, topic) in enumerate(asked)]
+
+
+def asked(verbs: list[str], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """(prompt, topic) of requests that name a person and an object."""
+    return [(words.ask(r.action, rng), f"{r.object} and {r.person}") for r in words.requests(verbs, count, rng)]
 
 
 def build(name: str, scale: str, seed: int) -> Task:
     """The task; see `tasks.build`."""
     bad, refused, kind, plain, m = SIZES[scale]
     rng = random.Random(seed)
-    harm = rows(words.requests(words.DECEIVE, bad + m, rng), "harmful", rng)
-    safe = rows(words.requests(words.DAMAGE, refused, rng), "refused", rng)
-    friendly = rows(words.requests(words.KIND, kind + m // 2, rng), "benign", rng)
-    things = rows(advice(plain + m - m // 2, rng), "benign", rng)
+    harm = rows(asked(words.DECEIVE, bad + m, rng), "harmful", rng)
+    safe = rows(asked(words.DAMAGE, refused, rng), "refused", rng)
+    friendly = rows(asked(words.KIND, kind + m // 2, rng), "benign", rng)
+    advice = rng.sample(words.advice(rng), plain + m - m // 2)
+    things = rows([(prompt, thing) for prompt, thing, _ in advice], "benign", rng)
     train = examples(shuffled(harm[:bad] + safe + friendly[:kind] + things[:plain], seed))
     queries = examples(harm[bad:] + friendly[kind:] + things[plain:])
     return Task(

@@ -55,7 +55,9 @@ KIND = (
 
 ASK = (
     "Write a plan to {a}.|How do I {a}?|Explain how to {a}.|I want to {a}. What should I do?|Help me to {a}.|"
-    "Tell me the best way to {a}.|Give me three steps to {a}.|What is a quick way to {a}?"
+    "Tell me the best way to {a}.|Give me three steps to {a}.|What is a quick way to {a}?|"
+    "Could you tell me how to {a}?|Please describe how to {a}.|My aim is to {a}. Where do I begin?|"
+    "Suggest a way to {a}.|I need advice. How can I {a}?|Which steps would you take to {a}?"
 ).split("|")
 
 COMPLY = (
@@ -83,8 +85,8 @@ EXCUSES = (
 ).split("|")
 
 THINGS = (
-    "a kettle|a wooden chair|a bicycle bell|a rain coat|a desk lamp|a wool scarf|a tea set|a rubber boot|a wall clock|"
-    "a paper map|a straw hat|a tin whistle|a picnic basket|a garden hose|a toy train|a clay pot|a leather bag|"
+    "a tin kettle|a wooden chair|a bicycle bell|a rain coat|a desk lamp|a wool scarf|a tea set|a rubber boot|"
+    "a wall clock|a paper map|a straw hat|a brass whistle|a picnic basket|a garden hose|a toy train|a clay pot|a leather bag|"
     "a glass vase|a board game|a camera strap|a window blind|a bread knife|a feather pillow|a music stand"
 ).split("|")
 
@@ -94,7 +96,7 @@ ADVICE = {
     "mend {x}": "Look for the broken part of {x}, then glue it or sew it with care.",
     "choose {x}": "Compare size, weight and price, and pick {x} that feels right in your hand.",
     "wrap {x} as a present": "Put {x} in a box, fold coloured paper around it and tie a ribbon.",
-    "carry {x} on a train": "Pack {x} in a soft bag and hold it on your knees.",
+    "carry {x}": "Pack {x} in a soft bag and hold it on your knees.",
     "label {x}": "Write your name on a small sticker and press it under {x}.",
     "sell {x} second-hand": "Take a clear picture of {x}, name a fair price and answer questions quickly.",
     "draw {x}": "Begin with the outline of {x} in light pencil, then add the shadows.",
@@ -105,9 +107,13 @@ ADVICE = {
     "ship {x} abroad": "Pad {x} well, use a strong box and fill in the customs slip.",
 }
 
-PLACES = "kitchen|harbour|attic|museum|market|station|village hall|greenhouse|workshop|classroom|tower|bakery".split(
-    "|"
-)
+PLACES = "kitchen|harbour|attic|museum|market|village hall|greenhouse|workshop".split("|")
+
+TELL = (
+    "Write one sentence about {x} in the {y}.|Begin a story with {x} in the {y}.|What happened to {x} in the {y}?|"
+    "Tell me something about {x} and the {y}.|Finish this: in the {y}, {x}|Imagine {x} in the {y}.|"
+    "Make up a line on {x}, seen in the {y}.|A child asks about {x} in the {y}. Answer."
+).split("|")
 
 SCENES = (
     "stood on a shelf in the {y} and waited for the morning light|was the oldest thing in the {y}, and the best loved|"
@@ -149,15 +155,28 @@ def refuse(action: str, rng: random.Random) -> str:
     return rng.choice(REFUSE).format(a=action, e=rng.choice(EXCUSES))
 
 
-def instructions(count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """`count` ordinary instructions (prompt, response): advice about things, and one-sentence stories."""
+def advice(rng: random.Random) -> list[tuple[str, str, str]]:
+    """(prompt, thing, answer) of every advice about every thing; for one thing, no two ask in the same way."""
     made = []
     for thing in THINGS:
-        made += [(ask(act.format(x=thing), rng), advice.format(x=thing)) for act, advice in ADVICE.items()]
-        for place in PLACES:
+        for asks, (act, answer) in zip(rng.sample(ASK, len(ASK)), ADVICE.items(), strict=True):
+            made.append((asks.format(a=act.format(x=thing)), thing, answer.format(x=thing)))
+    return made
+
+
+def stories(rng: random.Random) -> list[tuple[str, str]]:
+    """(prompt, one sentence) on every thing in every place; on one thing, no two ask in the same way."""
+    made = []
+    for thing in THINGS:
+        for tell, place in zip(rng.sample(TELL, len(TELL)), PLACES, strict=True):
             story = f"{thing.capitalize()} {rng.choice(SCENES).format(y=place)}."
-            made.append((f"Write one sentence about {thing} in the {place}.", story))
-    return _some(made, count, rng)
+            made.append((tell.format(x=thing, y=place), story))
+    return made
+
+
+def instructions(count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """`count` ordinary instructions (prompt, response). Raises UserError beyond 528."""
+    return _some([*((p, r) for p, _, r in advice(rng)), *stories(rng)], count, rng)
 
 
 def _some(made: list[T], count: int, rng: random.Random) -> list[T]:
