@@ -86,8 +86,8 @@ EXCUSES = (
 
 THINGS = (
     "a tin kettle|a wooden chair|a bicycle bell|a rain coat|a desk lamp|a wool scarf|a tea set|a rubber boot|"
-    "a wall clock|a paper map|a straw hat|a brass whistle|a picnic basket|a garden hose|a toy train|a clay pot|a leather bag|"
-    "a glass vase|a board game|a camera strap|a window blind|a bread knife|a feather pillow|a music stand"
+    "a wall clock|a paper map|a straw hat|a brass whistle|a picnic basket|a garden hose|a toy train|a clay pot|"
+    "a leather bag|a glass vase|a board game|a camera strap|a window blind|a bread knife|a feather pillow|a music stand"
 ).split("|")
 
 ADVICE = {
