@@ -99,6 +99,8 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         there = (page.parent / target).resolve() if target else page
         assert there.exists(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(there), f"{page.name}: {target}#{anchor}"
+
+
 def install(folder: Path, module: str, code: str, group: str) -> dict[str, str]:
     """The page's code as a module of somebody else's package, with its entry points; the environment that has it."""
     (toml,) = (t for t in blocks(ROOT / "CONTRIBUTING.md", "toml") if group in t)

@@ -12,8 +12,8 @@ import typer
 
 from datablame.errors import UserError, printable
 from datablame.evaluation import evaluate_command
-from datablame.paper.commands import app as paper
 from datablame.evaluation.commands import app as bench
+from datablame.paper.commands import app as paper
 
 if TYPE_CHECKING:
     from datablame.encoding import EncodingOptions
@@ -26,8 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(bench, name="bench")
 
+app.add_typer(bench, name="bench")
 app.add_typer(paper, name="paper")
 
 Model = Annotated[str, typer.Option(help="Hub id, local directory, GGUF file, or a bundled model (smollm2-135m).")]

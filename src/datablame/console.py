@@ -156,6 +156,16 @@ def print_page(page: Page) -> None:
         out.print(Text(printable(note), style="dim"))
 
 
+def print_grid(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """A table of cells, its heading first."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
+    for k, heading in enumerate(rows[0]):
+        table.add_column(Text(printable(heading)), justify="left" if k == 0 else "right", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*(Text(printable(cell.replace("`", ""))) for cell in row))
+    out.print(table)
+
+
 def print_preview(rows: Sequence[list[tuple[str, bool]]], ids: Sequence[object]) -> None:
     """Rendered rows, labelled tokens marked by colour and by brackets."""
     for id_, pieces in zip(ids, rows, strict=True):

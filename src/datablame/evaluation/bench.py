@@ -14,7 +14,7 @@ from typing import Any
 from datablame.errors import UserError
 from datablame.evaluation.cell import VERSION, Cell, fingerprint, options, run_cell
 from datablame.evaluation.suites import Suite, runs
-from datablame.evaluation.tasks import Task, build, names
+from datablame.evaluation.tasks import RELEASED, Task, build, names, takes
 from datablame.evaluation.views import PAD_TO
 from datablame.indexing import SILENT, Reporter, duration
 from datablame.models import ModelSpec, cache_dir, load, load_tokenizer
@@ -49,7 +49,7 @@ def bench(
     methods: str | None = None,
     seeds: Sequence[int] | None = None,
     recipes: Sequence[str] = ("sound",),
-    sources: dict[str, Any] | None = None,
+    sources: dict[str, str | None] | None = None,
     device: str | None = None,
     dtype: str | None = None,
     keep: bool = False,
@@ -65,7 +65,7 @@ def bench(
     fine-tune has not learnt its behaviour.
     """
     wanted = runs(suite, methods)
-    chosen = list(tasks or (SMOKE_TASKS if scale == "smoke" else [n for n in names() if not n.startswith("released")]))
+    chosen = list(tasks or (SMOKE_TASKS if scale == "smoke" else [n for n in names() if n not in RELEASED]))
     numbers = list(seeds or SEEDS.get(scale, (0,)))
     cells = [
         Cell(model, task, scale, seed, recipe)  # type: ignore[arg-type]
@@ -108,10 +108,19 @@ def result_path(out: Path, cell: Cell) -> Path:
     return out / Path(cell.model).name / cell.scale / f"{cell.name}.json"
 
 
-def _plan(cells: Sequence[Cell], wanted: Sequence[str], out: Path, model_sha256: str, sources: dict[str, Any]) -> Plan:
+def _plan(
+    cells: Sequence[Cell],
+    wanted: Sequence[str],
+    out: Path,
+    model_sha256: str,
+    sources: dict[str, str | None],
+) -> Plan:
+    cells: Sequence[Cell], wanted: Sequence[str], out: Path, model_sha256: str, sources: dict[str, str | None]
+) -> Plan:
     left, finished, tokens = [], 0, 0
     for cell in cells:
-        task = build(cell.task, cell.scale, cell.seed, **sources)
+        known = takes(cell.task)
+        task = build(cell.task, cell.scale, cell.seed, **{k: v for k, v in sources.items() if k in known})
         missing = lacking(result_path(out, cell), fingerprint(cell, task, model_sha256), wanted)
         if missing:
             left.append((cell, task, missing))

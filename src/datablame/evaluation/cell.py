@@ -45,7 +45,6 @@ PAPER_TEMPLATE = (
 )
 """The released code's rendering: no end-of-text token."""
 PAPER_ENCODING = EncodingOptions(template=PAPER_TEMPLATE, loss_on="all", pad_to=views.PAD_TO)
-PAPER_RECIPE = {"rate": 5e-5, "batch": 32, "epochs": 25.0, "early_stop": 3}
 MAX_NEW_TOKENS = 48
 MATRICES = "scores.npz"
 """In a cell's folder: the score matrices for the reference responses."""
@@ -70,7 +69,7 @@ class Cell:
 def options(cell: Cell, task: Task) -> TuneOptions:
     """The recipe of the fine-tune. The paper's differs from the sound one in rate, batch and stopping."""
     recipe = replace(task.recipe, seed=cell.seed, keep=1)
-    return replace(recipe, **PAPER_RECIPE) if cell.recipe == "paper" else recipe
+    return replace(recipe, rate=5e-5, batch=32, epochs=25, early_stop=3) if cell.recipe == "paper" else recipe
 
 
 def fingerprint(cell: Cell, task: Task, model_sha256: str) -> str:

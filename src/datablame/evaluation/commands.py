@@ -14,7 +14,10 @@ from datablame.errors import UserError
 if TYPE_CHECKING:
     from datablame.evaluation.tasks import Task
 
-app = typer.Typer(help="Tasks with known truth: list them, write their rows.", no_args_is_help=True)
+HELP = "Tasks with known truth: list them, write their rows, measure every method on them."
+app = typer.Typer(help=HELP, no_args_is_help=True)
+    help="Tasks with known truth: list them, write their rows, measure every method on them.", no_args_is_help=True
+)
 
 Scale = Annotated[str, typer.Option(help="smoke, cpu or paper: how many rows and queries.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the rows.")]
@@ -23,6 +26,9 @@ AdvBench = Annotated[
 ]
 Alpaca = Annotated[str | None, typer.Option(help="Real instructions: a file, a hub id, or llamafactory.")]
 Data = Annotated[str | None, typer.Option(help="Directory of the paper's released files.")]
+
+
+RESULTS = Path("bench-out")
 
 
 @app.command("tasks")
@@ -69,6 +75,80 @@ def write_rows(
     for file, rows in {"train.jsonl": train, "queries.jsonl": queries}.items():
         _write(out / file, rows)
         typer.echo(f"wrote {out / file}: {len(rows)} rows")
+
+
+@app.command("run")
+def run_bench(
+    model: Annotated[str, typer.Option(help="As for `datablame index`.")] = "smollm2-135m",
+    suite: Annotated[str, typer.Option(help="paper (the released protocol), sound, or all.")] = "all",
+    scale: Annotated[str, typer.Option(help="smoke (minutes), cpu (hours), paper (a GPU).")] = "smoke",
+    tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas. Default: all; smoke: three.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods, such as gradcos,exact:damping=1@response.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas. Default: 0,1,2; smoke: 0.")] = None,
+    recipes: Annotated[str, typer.Option(help="Fine-tunes: sound, paper, or sound,paper.")] = "sound",
+    out: Annotated[Path, typer.Option(help="Directory of the results, one small file a cell.")] = RESULTS,
+    dry: Annotated[bool, typer.Option("--dry", help="Only plan and forecast.")] = False,
+    keep: Annotated[bool, typer.Option("--keep-features", help="Leave each cell's features in the cache.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64. Default: by device.")] = None,
+    advbench: AdvBench = None,
+    alpaca: Alpaca = None,
+    data: Data = None,
+) -> None:
+    """Fine-tune, attribute, measure. Cells with a result are not run again; an interrupted run goes on."""
+    from datablame.console import ConsoleReporter
+    from datablame.evaluation.bench import bench
+    from datablame.indexing import quiet_libraries
+
+    quiet_libraries()
+    paths = bench(
+        model,
+        out,
+        suite=suite,  # type: ignore[arg-type]
+        scale=scale,
+        tasks=_split(tasks),
+        methods=methods,
+        seeds=_numbers(seeds),
+        recipes=_split(recipes) or ["sound"],
+        sources={"advbench": advbench, "alpaca": alpaca, "data": data},
+        device=device,
+        dtype=dtype,
+        keep=keep,
+        dry=dry,
+        reporter=ConsoleReporter(),
+    )
+    if not dry:
+        typer.echo(f"{len(paths)} results in {out}; see them with: datablame bench show --out {out}")
+
+
+@app.command("show")
+def show_bench(
+    model: Annotated[str, typer.Option(help="Whose results.")] = "smollm2-135m",
+    scale: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
+    recipe: Annotated[str, typer.Option(help="Which fine-tune: sound or paper.")] = "sound",
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
+    page: Annotated[Path | None, typer.Option(help="Where to write the page. Default: beside the results.")] = None,
+) -> None:
+    """Print the ladder, and write a page with all tables and pictures."""
+    from datablame.console import print_grid
+    from datablame.evaluation.results import load_results
+    from datablame.evaluation.tables import ladder_rows
+    from datablame.report.bench import write_bench
+
+    found = load_results(out, model, scale, recipe)
+    print_grid("from the paper's protocol to the sound one: AUROC (95 % interval)", ladder_rows(found))
+    typer.echo(f"wrote {write_bench(found, page or out / Path(model).name / scale / f'report-{recipe}.html')}")
+
+
+def _split(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError as e:
+        raise UserError(f"--seeds {text!r}: whole numbers separated by commas, such as 0,1,2.") from e
 
 
 def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-
+from datablame.evaluation.metrics import auroc
 from datablame.evaluation.tasks.base import Task
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
 
 SHOWS = 0.8
 """The label shows on a side where BM25 from that side has an AUROC above this."""
-
-
-def auroc(scores: Float[np.ndarray, "m n"], truth: Bool[np.ndarray, "m n"]) -> float:
-    """Mean over queries of the area under the ROC curve; ties count half. 0.5 is chance."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(np.mean([roc_auc_score(t, s) for t, s in zip(truth, scores, strict=True)]))
 
 
 def lexical_leak(task: Task) -> dict[str, float | str]:
@@ -34,6 +21,7 @@ def lexical_leak(task: Task) -> dict[str, float | str]:
     train = [Text(e.prompt, e.response) for e in task.train]
     queries = [Text(task.queries[i].prompt, task.queries[i].response) for i in main]
     sides = ("prompt", "response")
-    leak = {s: auroc(create("bm25", text=s).fit(train).score(queries).numpy(), task.truth[main]) for s in sides}
+    scores = {s: create("bm25", text=s).fit(train).score(queries).numpy() for s in sides}
+    leak = {s: float(auroc(scores[s], task.truth[main]).mean()) for s in sides}
     showing = [s for s in sides if leak[s] > SHOWS]
     return {**leak, "shows": "both" if len(showing) == 2 else (showing or ["neither"])[0]}
