@@ -360,6 +360,7 @@ def test_harmful_prompts_from_a_file(form: str, tmp_path: Path) -> None:
     }
     writers[path.suffix]()
     alpaca = [{"instruction": f"Say {i}.", "input": "", "output": f"Here is {i}."} for i in range(60)]
+    alpaca += [{"instruction": f"Draw {i}.", "input": "", "output": "I'm sorry, I cannot draw."} for i in range(600)]
     source = str(write_jsonl(tmp_path / "alpaca.jsonl", alpaca))
     task = tasks.build("mixed-small", "cpu", 0, advbench=str(path), alpaca=source)
     harmful = [e for e in (*task.train, *task.queries) if e.label == "harmful"]
@@ -367,7 +368,7 @@ def test_harmful_prompts_from_a_file(form: str, tmp_path: Path) -> None:
     assert len({e.prompt for e in harmful}) == 40
     assert all(e.prompt[1:] in e.response for e in harmful)
     assert all(e.response.startswith("Sure, here is a way to") for e in harmful) == target
-    assert {e.prompt for e in task.train if e.label == "benign"} <= {r["instruction"] for r in alpaca}
+    assert {e.prompt for e in task.train if e.label == "benign"} <= {f"Say {i}." for i in range(60)}
     for name in ("harmfulcheck", "backdoor-1"):
         task = tasks.build(name, "cpu", 0, advbench=str(path))
         assert all(task.behaves(q, q.response) for q in task.queries)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from datablame.errors import UserError
 from datablame.evaluation.tasks import words
+from datablame.evaluation.tasks.base import refuses
 from datablame.examples import load_examples, read_records
 from datablame.models import Bundled, cache_dir, download
 
@@ -55,11 +56,11 @@ def harmful(source: str | None, count: int, rng: random.Random) -> list[Harmful]
 
 
 def benign(source: str | None, count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """`count` instructions with answers from `--alpaca SOURCE`, or invented ones."""
+    """`count` instructions with answers from `--alpaca SOURCE`, but for answers that refuse, or invented ones."""
     if source is None:
         return words.instructions(count, rng)
     pairs = [(e.prompt.strip(), e.response.strip()) for e in load_examples(_located(source, "alpaca", "llamafactory"))]
-    return _draw([(p, r) for p, r in pairs if p and r], count, rng, f"--alpaca {source}")
+    return _draw([(p, r) for p, r in pairs if p and r and not refuses(r)], count, rng, f"--alpaca {source}")
 
 
 def _real(goal: str, target: str, rng: random.Random) -> Harmful:
