@@ -115,8 +115,6 @@ def _plan(
     model_sha256: str,
     sources: dict[str, str | None],
 ) -> Plan:
-    cells: Sequence[Cell], wanted: Sequence[str], out: Path, model_sha256: str, sources: dict[str, str | None]
-) -> Plan:
     left, finished, tokens = [], 0, 0
     for cell in cells:
         known = takes(cell.task)

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 HELP = "Tasks with known truth: list them, write their rows, measure every method on them."
 app = typer.Typer(help=HELP, no_args_is_help=True)
-    help="Tasks with known truth: list them, write their rows, measure every method on them.", no_args_is_help=True
-)
 
 Scale = Annotated[str, typer.Option(help="smoke, cpu or paper: how many rows and queries.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the rows.")]
