@@ -225,9 +225,11 @@ def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureSto
         g: {who: float(np.mean([s for s, h in zip(shows[who], task.groups, strict=True) if h == g])) for who in shows}
         for g in dict.fromkeys(task.groups)
     }
-    learnt = behaves["tuned"] >= LEARNT and loss["tuned"] < loss["base"]
+    learnt = behaves["tuned"] >= max(LEARNT, behaves["base"]) and loss["tuned"] < LOSS_LEFT * loss["base"]
     return {"learnt": bool(learnt), "behaves": behaves, "by_group": by_group, "loss": loss}
 
 
 LEARNT = 0.7
-"""Share of the queries that the tuned model must answer as their class asks."""
+"""Share of the queries that the tuned model must answer as their class asks, and not fewer than the base model."""
+LOSS_LEFT = 0.8
+"""Share of the base model's loss on the reference responses that it must come below."""

@@ -103,8 +103,8 @@ def heat(scores: Matrix) -> str:
 
 
 def rounded(values: Float[np.ndarray, " m"]) -> list[float]:
-    """To five digits, for a file."""
-    return [round(float(v), 5) for v in values]
+    """To four digits, for a file."""
+    return [round(float(v), 4) for v in values]
 
 
 def keep_matrices(path: Path, scored: Mapping[str, Scored]) -> None:
