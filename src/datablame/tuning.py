@@ -166,6 +166,8 @@ def make_trainer(
     from trl import SFTTrainer
 
     _check_targets(loaded.model, options)
+    if any(r.padding for r in rows):  # see evaluation/views.py: the padding attends to something
+        loaded.model.set_attn_implementation("eager")
     trainer = SFTTrainer(
         model=loaded.model,
         args=_arguments(loaded, out, options, validation is not None),

@@ -6,15 +6,19 @@
     all         both; its gradient is the sum of the two, exactly
     padded      128 tokens, padded on the left with the end token or cut, every one labelled   paper
 
-Under `padded` the padding carries loss but is hidden from attention, as the attention mask of the released code's
-tokenizer does it.
+Under `padded` the padding carries loss, and the attention mask of the released code's tokenizer hides it from the other
+tokens. What a padded position itself attends to, where every key is masked, is an accident of the implementation:
+eager attention, the only one of its day and therefore ours here, adds the lowest float to all scores, which makes it
+the mean of *all* values, later tokens included. (PyTorch's fused attention gives zero there, so that the padding has
+no gradient in the attention's weights; eager attention in float64 gives NaN.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datablame.encoding import IGNORED, Encoded, padded
 from datablame.store import FeatureStore
@@ -56,11 +60,23 @@ def capture_views(
         features = engine.capture(rows, examples, reporter)
         for view in views:
             seen = [as_seen[view](row) for row in rows]
-            there = capture(engine.loaded.model, seen, engine.blocks, [], batch_tokens=engine.options.batch_tokens)
+            with eager_attention(engine.loaded.model) if view == "padded" else nullcontext():
+                there = capture(engine.loaded.model, seen, engine.blocks, [], batch_tokens=engine.options.batch_tokens)
             features |= {f"{view}-{k}": v for k, v in there.items() if k.startswith("gradients/")}
         return features
 
     return run
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Attention written out, for the time of the block."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def gradients(store: FeatureStore, view: str) -> Mapping[str, Tensor]:

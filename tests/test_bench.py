@@ -1,0 +1,314 @@
+"""The benchmark on a tiny model: cells, resuming, results, tables, retraining truth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from datablame.errors import UserError
+from datablame.evaluation import bench as bench_module
+from datablame.evaluation import cell as cell_module
+from datablame.evaluation import retraining, scoring
+from datablame.evaluation.bench import bench, lacking, read_result, result_path, to_json
+from datablame.evaluation.cell import Cell, fingerprint
+from datablame.evaluation.results import load_results
+from datablame.evaluation.suites import LADDER, PAPER, REPSIM_LADDER, SOUND, runs, split
+from datablame.evaluation.tables import HEADINGS, ladder_rows, markdown, paper_rows, task_rows
+from datablame.evaluation.tasks.base import Task, examples, same_label
+from datablame.report.bench import write_bench
+from datablame.tuning import TuneOptions
+
+METHODS = "graddot,gradcos,exact:damping=0.1,adamdot:center=1,relatif=l,repsim:layer=last,text=prompt,bm25:text=both"
+
+
+def tiny(seed: int = 0, version: int = 1) -> Task:
+    """Two classes, four rows each, four queries; the label shows in the response."""
+    words = ["snow", "rain", "tea", "kettles", "spiders", "pears"]
+    rows = [
+        (f"Tell of {w} {seed}.", "Yes, yes." if k % 2 else "No.", "yes" if k % 2 else "no") for k, w in enumerate(words)
+    ]
+    train, queries = examples(rows * 1), examples([(p.replace("Tell", "Say"), r, c) for p, r, c in rows[:4]])
+    return Task(
+        name="tiny", version=version, title="Yes or no <b>", train=train, queries=queries,
+        groups=["first", "first", "second", "second"], truth=same_label(train, queries), main=("first", "second"),
+        behaves=lambda e, answer: answer.strip().startswith(e.response[:2]),
+        recipe=TuneOptions(rank=2, epochs=1, batch=4, rate=1e-2),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_module, "build", lambda name, scale, seed, **kw: tiny(seed))
+    monkeypatch.setattr(bench_module, "takes", lambda name: [])
+    monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "cache"))
+
+
+def run(model_dir: Path, out: Path, **options: Any) -> list[Path]:
+    return bench(str(model_dir), out, **({"tasks": ["tiny"], "methods": METHODS, "seeds": [0]} | options))
+
+
+def test_a_cell_from_rows_to_a_page_and_not_twice(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    (path,) = run(model_dir, out)
+    result = json.loads(path.read_text())
+    assert path == result_path(out, Cell(str(model_dir), "tiny", "smoke", 0))
+    assert set(result["results"]) == {"reference", "generated"}
+    wanted = runs("all", METHODS)
+    assert len(wanted) == 4 * 4 + 2
+    for kind in result["results"].values():
+        assert list(kind) == wanted
+        assert not [v["error"] for v in kind.values() if "error" in v]
+    one = result["results"]["reference"]["gradcos@response"]
+    assert len(one["accuracy"]) == 4
+    assert all(np.isfinite(one[m]).all() for m in HEADINGS)
+    assert one["top"] == [int(t) for t in one["top"]]
+    assert result["learnt"]["loss"]["base"] > 0
+    assert "tokens" not in result["seconds"]
+    # No features are left, the adapter is.
+    (folder,) = (tmp_path / "cache" / "bench").iterdir()
+    assert {p.name for p in folder.iterdir()} == {
+        "train.jsonl",
+        "queries.jsonl",
+        "adapter",
+        "answers.json",
+        "scores.npz",
+    }
+
+    # A second call runs nothing; a new method runs alone, and keeps the others.
+    monkeypatch.setattr(bench_module, "run_cell", lambda *a, **k: pytest.fail("the cell was run again"))
+    run(model_dir, out)
+    monkeypatch.undo()
+    monkeypatch.setattr(bench_module, "build", lambda name, scale, seed, **kw: tiny(seed))
+    monkeypatch.setattr(bench_module, "takes", lambda name: [])
+    monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "cache"))
+    before = json.loads(path.read_text())["results"]["reference"]
+    run(model_dir, out, methods=f"{METHODS},length")
+    after = json.loads(path.read_text())["results"]["reference"]
+    assert set(after) == {*before, "length"}
+    assert after["graddot@padded"] == before["graddot@padded"]
+
+    found = load_results(out, str(model_dir), "smoke")
+    page = write_bench(found, tmp_path / "page.html").read_text()
+    assert "Yes or no &lt;b&gt;" in page
+    assert "Yes or no <b>" not in page
+    assert "https://" not in page.split("<script>")[0]
+    with pytest.raises(UserError, match="no results under the paper recipe"):
+        load_results(out, str(model_dir), "smoke", "paper")
+
+
+def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path: Path) -> None:
+    """The padded view is not the response's; `all` is the sum; what is in the file is the metric of the matrix."""
+    (path,) = run(model_dir, tmp_path / "out", keep=True)
+    (folder,) = (tmp_path / "cache" / "bench").iterdir()
+    from datablame.evaluation import metrics, views
+    from datablame.store import FeatureStore
+
+    train, queries = FeatureStore.open(folder / "train"), FeatureStore.open(folder / "reference")
+    dots = {}
+    for view in views.VIEWS:
+        g, v = views.gradients(train, view), views.gradients(queries, view)
+        dots[view] = sum((v[b] @ g[b].T).double() for b in g).numpy()
+    kept = scoring.read_matrices(folder / "scores.npz")
+    result = json.loads(path.read_text())["results"]["reference"]
+    for view, want in dots.items():
+        np.testing.assert_allclose(kept[f"graddot@{view}"], want, rtol=1e-3, atol=1e-4 * np.abs(want).max())
+        values = metrics.auroc(kept[f"graddot@{view}"], tiny().truth)
+        assert result[f"graddot@{view}"]["auroc"] == pytest.approx(values, abs=1e-4)
+    assert np.abs(dots["all"] - dots["response"]).max() > 1e-3 * np.abs(dots["all"]).max()
+    assert np.abs(dots["all"] - dots["padded"]).max() > 1e-3 * np.abs(dots["all"]).max()
+
+
+def test_an_interrupted_cell_goes_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = json.loads(run(model_dir, tmp_path / "straight")[0].read_text())
+    monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "second"))
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(cell_module, "score_runs", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(model_dir, tmp_path / "resumed")
+    with monkeypatch.context() as m:  # neither trained nor answered again
+        m.setattr(cell_module, "tune", broken)
+        m.setattr(cell_module, "answers", broken)
+        resumed = json.loads(run(model_dir, tmp_path / "resumed")[0].read_text())
+    for kind in ("reference", "generated"):
+        for name, values in straight["results"][kind].items():
+            assert {k: v for k, v in resumed["results"][kind][name].items() if k != "seconds"} == {
+                k: v for k, v in values.items() if k != "seconds"
+            }
+
+
+def test_the_papers_own_fine_tune(model_dir: Path, tmp_path: Path) -> None:
+    """Padding and prompt in the training loss: another adapter, another file, the same runs."""
+    paths = run(model_dir, tmp_path / "out", recipes=["sound", "paper"], methods="graddot,bm25")
+    assert [p.name for p in paths] == ["tiny-sound-s0.json", "tiny-paper-s0.json"]
+    sound, paper = (json.loads(p.read_text()) for p in paths)
+    assert paper["recipe_options"]["epochs"] == 25
+    assert paper["fingerprint"] != sound["fingerprint"]
+    (folder,) = (tmp_path / "cache" / "bench").glob("tiny-paper-*")
+    record = json.loads((folder / "adapter" / "datablame.json").read_text())
+    assert record["encoding"]["pad_to"] == 128
+    assert record["encoding"]["loss_on"] == "all"
+
+
+def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Path, tmp_path: Path) -> None:
+    run(model_dir, tmp_path / "a", methods="bm25")
+    with pytest.raises(UserError, match="tiny-sound-s0: the behaviour was not learnt"):
+        run(model_dir, tmp_path / "b", methods="bm25", scale="cpu")
+    assert (tmp_path / "b" / model_dir.name / "cpu" / "tiny-sound-s0.json").exists()
+
+
+def test_fingerprints_and_damaged_results(tmp_path: Path) -> None:
+    cell = Cell("m", "tiny", "smoke", 0)
+    prints = {
+        fingerprint(cell, tiny(), "a"),
+        fingerprint(cell, tiny(), "b"),
+        fingerprint(cell, tiny(version=2), "a"),
+        fingerprint(cell, tiny(seed=1), "a"),
+        fingerprint(replace(cell, recipe="paper"), tiny(), "a"),
+        fingerprint(cell, replace(tiny(), truth=~tiny().truth), "a"),
+    }
+    assert len(prints) == 6
+    assert fingerprint(cell, tiny(), "a") in prints
+    path = tmp_path / "x.json"
+    assert lacking(path, "f", ["a", "b"]) == ["a", "b"]
+    path.write_text('{"version": 1, "fingerprint"')
+    with pytest.raises(UserError, match="damaged; delete it"):
+        read_result(path)
+    path.write_text('{"version": 0}')
+    assert read_result(path) is None
+    path.write_text(json.dumps({"version": 1, "fingerprint": "f", "results": {"r": {"a": 1}, "g": {}}}))
+    assert lacking(path, "f", ["a", "b"]) == ["a", "b"]
+    assert lacking(path, "other", ["a"]) == ["a"]
+
+
+def test_results_are_json_with_a_line_a_run() -> None:
+    kinds = {"reference": {"x": {"v": [0.5]}, "y": {}}, "generated": {"x": {}}}
+    result = {"version": 1, "a": [1, 2], "results": kinds}
+    assert json.loads(to_json(result)) == result
+    assert '   "x": {"v": [0.5]},\n' in to_json(result)
+
+
+# ---------------------------------------------------------------- suites
+
+
+def test_every_step_of_the_ladders_is_a_run_of_the_suites() -> None:
+    everything = runs("all")
+    assert len(everything) == len(set(everything))
+    for _, step in (*LADDER, *REPSIM_LADDER):
+        assert step in everything
+    for step in everything:
+        assert split(step)
+    assert set(PAPER) <= set(runs("paper"))
+    assert set(SOUND) <= set(runs("sound"))
+    assert not [r for r in runs("sound") if r.endswith("@padded")]
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("gradcos@answer", "no such view of the loss"),
+        ("bm25@response", "does not look at the loss"),
+        ("gradco", "gradcos"),
+    ],
+)
+def test_bad_runs(methods: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        runs("all", methods)
+    with pytest.raises(UserError, match="use paper, sound or all"):
+        runs("both")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def made(seed: int, right: float) -> dict[str, Any]:
+    """A result in which `good` is right on a share of the queries and `bm25` never."""
+    m = 40
+    hit = (np.arange(m) < right * m).astype(float).tolist()
+    zero, half = [0.0] * m, [0.5] * m
+    columns = lambda v: dict.fromkeys(HEADINGS, v)  # noqa: E731
+    return {
+        "task": "mixed-small", "seed": seed, "title": "t", "main": ["harmful"], "learnt": {"learnt": True},
+        "queries": [{"id": j, "label": "x", "group": "harmful" if j % 2 else "benign"} for j in range(m)],
+        "chance": columns(half), "rows": 10,
+        "results": {"reference": {
+            "graddot@padded": columns(hit),
+            "repsim:layer=last,text=prompt": columns(zero),
+            "bm25:text=both": columns(zero),
+        }},
+    }  # fmt: skip
+
+
+def test_tables_count_the_main_group_and_mark_what_is_significant() -> None:
+    from datablame.evaluation.results import TaskResults
+
+    found = {"mixed-small": TaskResults("mixed-small", "sound", [made(0, 0.5), made(1, 1.0)])}
+    results = found["mixed-small"]
+    assert results.values("graddot@padded", "accuracy").shape == (2, 20)
+    assert results.seeds("graddot@padded", "accuracy") == [0.5, 1.0]
+    assert results.values("graddot@padded", "accuracy", group="benign").shape == (2, 20)
+    header, *rows = task_rows(results)
+    assert header[1:8] == list(HEADINGS.values())
+    assert rows[0][1].startswith("0.75 (")
+    assert rows[0][-2:] == ["0.50 1.00", "R+ B+"]
+    assert rows[1][-1] == "B="
+    assert rows[-1][0] == "chance"
+    table = paper_rows("table2", found)
+    assert table[1][1].startswith("75 (")
+    assert table[1][1].endswith("R+ B+")
+    assert paper_rows("table4", found) == [["not run yet"]]
+    assert "0.75" in markdown(ladder_rows(found))
+    results.results[0]["learnt"]["learnt"] = False
+    assert "behaviour not learnt" in paper_rows("table2", found)[0][1]
+
+
+# ---------------------------------------------------------------- retraining truth
+
+
+def test_lds_is_the_rank_correlation_with_the_loss() -> None:
+    rng = np.random.default_rng(0)
+    scores, losses = rng.normal(size=(3, 10)), rng.normal(size=(8, 3))
+    sets = retraining.half_sets(10, 8, seed=0)
+    assert (sets.sum(axis=1) == 5).all()
+    got = retraining.lds(scores, sets, losses)
+    for q in range(3):
+        predicted = [-sum(scores[q, i] for i in range(10) if s[i]) for s in sets]
+        assert got[q] == pytest.approx(spearmanr(predicted, losses[:, q]).statistic)
+    # A query whose loss is what the scores say has 1; one that does not vary has 0.
+    assert retraining.lds(scores, sets, -(scores @ sets.T).T) == pytest.approx(np.ones(3))
+    assert (retraining.lds(scores * 0, sets, losses) == 0).all()
+    assert retraining.noise_ceiling(losses, losses) == pytest.approx(np.ones(3))
+
+
+def test_top_rows_are_those_that_the_group_ranks_highest() -> None:
+    scores = np.array([[3.0, 2, 1, 0], [0, 100, 2, 1], [9, 0, 0, 0]])
+    assert retraining.top_rows(scores, [0, 1], 2) == [1, 0]
+    assert retraining.top_rows(scores, [2], 1) == [0]
+    assert len(set(retraining.random_rows(10, 4, seed=1))) == 4
+
+
+def test_retraining_looks_at_the_queries_and_is_kept(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, cell = tiny(), Cell(str(model_dir), "tiny", "smoke", 0)
+    first = retraining.retrain(cell, task, [0, 1, 2, 3], tmp_path, generate=True)
+    assert first.loss.shape == (4,)
+    assert first.behaves.shape == (4,)
+    other = retraining.retrain(cell, task, [2, 3, 4, 5], tmp_path)
+    assert not np.allclose(first.loss, other.loss)
+    monkeypatch.setattr(retraining, "tune", lambda *a, **k: pytest.fail("trained again"))
+    again = retraining.retrain(cell, task, [3, 2, 1, 0], tmp_path, generate=True)
+    assert (again.loss == first.loss).all()
+    with pytest.raises(UserError, match="every row was dropped"):
+        retraining.retrain(cell, task, [], tmp_path)
