@@ -153,7 +153,7 @@ def test_the_papers_own_fine_tune(model_dir: Path, tmp_path: Path) -> None:
     paths = run(model_dir, tmp_path / "out", recipes=["sound", "paper"], methods="graddot,bm25")
     assert [p.name for p in paths] == ["tiny-sound-s0.json", "tiny-paper-s0.json"]
     sound, paper = (json.loads(p.read_text()) for p in paths)
-    assert paper["recipe_options"]["epochs"] == 25
+    assert paper["recipe_options"]["batch"] == 32
     assert paper["fingerprint"] != sound["fingerprint"]
     (folder,) = (tmp_path / "cache" / "bench").glob("tiny-paper-*")
     record = json.loads((folder / "adapter" / "datablame.json").read_text())

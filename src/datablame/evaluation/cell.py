@@ -69,7 +69,7 @@ class Cell:
 def options(cell: Cell, task: Task) -> TuneOptions:
     """The recipe of the fine-tune. The paper's differs from the sound one in rate, batch and stopping."""
     recipe = replace(task.recipe, seed=cell.seed, keep=1)
-    return replace(recipe, rate=5e-5, batch=32, epochs=25, early_stop=3) if cell.recipe == "paper" else recipe
+    return replace(recipe, rate=5e-5, batch=32, early_stop=3) if cell.recipe == "paper" else recipe
 
 
 def fingerprint(cell: Cell, task: Task, model_sha256: str) -> str:
