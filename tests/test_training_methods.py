@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from datablame.checkpoints import TRAINING_RECORD, adam_state, find
 from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
 from datablame.examples import load_examples
-from datablame.indexing import CaptureOptions
+from datablame.indexing import CaptureOptions, Reporter
 from datablame.methods import create, parse
 from datablame.methods.base import Adam, Checkpoint
 from datablame.methods.gauge import Balanced
@@ -170,6 +171,59 @@ def test_rates_of_another_trainers_checkpoints_come_from_its_log(trained: Path, 
         find(tmp_path / "a", "all")
 
 
+def test_damaged_rates_and_foreign_checkpoints_are_refused(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    shutil.copytree(trained / "adapter", run)
+    shutil.copytree(run / "checkpoint-4", run / "checkpoint-4-old")
+    assert [c.step for c in find(run, "all")] == [4, 8, 12]
+    for rates in ("x", [0.1], [None] * 12):
+        (run / TRAINING_RECORD).write_text(json.dumps({"rates": rates}))
+        with pytest.raises(UserError, match=r"datablame.json is damaged, so the learning rates are not known"):
+            find(run, "all")
+    for record in run.rglob(TRAINING_RECORD):
+        record.unlink()
+    for text in ("{", "[]", "{}", '{"log_history": [{"learning_rate": null, "step": 1}]}'):
+        (run / "checkpoint-12" / "trainer_state.json").write_text(text)
+        with pytest.raises(UserError, match=r"trainer_state.json is damaged"):
+            find(run, "all")
+    config = json.loads((run / "checkpoint-8" / "adapter_config.json").read_text())
+    (run / "checkpoint-8" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 64}))
+    with pytest.raises(UserError, match=r"of another LoRA than .*lora_alpha: 64 there, 16.0 here"):
+        find(run, "all")
+
+
+def test_checkpoints_after_the_adapters_own_weights_are_not_taken(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained / "adapter"
+    assert find(run / "checkpoint-8", "all") == find(run, "all")[:2]
+    monkeypatch.chdir(run / "checkpoint-8")
+    assert find(".", "all") == find(run, "all")[:2]
+    with pytest.raises(UserError, match=r"no checkpoint-12 .*; there are 4, 8 \(later ones did not make"):
+        find(run / "checkpoint-8", "4,12")
+    # The best of a training that went on: the adapter is that of step 8.
+    shutil.copytree(run, tmp_path / "a")
+    shutil.copy(run / "checkpoint-8" / "adapter_model.safetensors", tmp_path / "a")
+    assert find(tmp_path / "a", "all") == find(run, "all")[:2]
+
+
+def test_early_stopping_keeps_the_checkpoints_up_to_the_best(model_dir: Path, trained: Path, tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, rate=5e-2, epochs=8, keep=2, early_stop=2)
+    validation = write_jsonl(tmp_path / "v.jsonl", [{"prompt": p, "response": r} for p, r in ROWS[3:5]])
+    record = tune(model_dir, trained / "train.jsonl", tmp_path / "a", validation=validation, options=options)
+    losses = [h["eval_loss"] for h in record["history"] if "eval_loss" in h]
+    best = losses.index(min(losses)) + 1
+    assert 2 <= best == len(losses) - 2, "this seed must overfit, or nothing is tested"
+    assert sorted(p.name for p in (tmp_path / "a").glob("checkpoint-*")) == sorted(
+        f"checkpoint-{4 * k}" for k in (best - 1, best)
+    )
+    weights = [
+        (p / "adapter_model.safetensors").read_bytes()
+        for p in (tmp_path / "a" / f"checkpoint-{4 * best}", tmp_path / "a")
+    ]
+    assert weights[0] == weights[1]
+
+
 def test_second_moments_are_matched_by_name_not_by_order(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "adapter", tmp_path / "a")
     store = FeatureStore.open(trained / "index")
@@ -282,5 +336,31 @@ def test_what_is_missing_is_said(model_dir: Path, built: Path, trained: Path, tm
     moved = tmp_path / "moved"
     shutil.copytree(trained / "adapter", moved)
     shutil.rmtree(moved / "checkpoint-4")
-    with pytest.raises(UserError, match="no checkpoint-4"):
+    with pytest.raises(UserError, match=r"checkpoint-4: no such checkpoint, and the queries' gradients are needed"):
         datablame.trace(trained / "index", queries, methods=["tracincp"], adapter=str(moved))
+
+
+def test_a_state_of_no_use_is_told_and_left_out(model_dir: Path, trained: Path, tmp_path: Path) -> None:
+    """Nobody asked for it: an 8-bit or factored optimizer must not stop an index, nor a state gone bad a trace."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained / "adapter", adapter)
+    index = tmp_path / "index"
+    datablame.index(str(model_dir), trained / "train.jsonl", index, str(adapter))
+    (adapter / "checkpoint-12" / "optimizer.pt").write_bytes(b"nothing")
+    specs = ["adamdot", "graddot"]
+    there = datablame.trace(index, trained / "queries.jsonl", methods=specs)  # v is in the index
+    want = datablame.trace(trained / "index", trained / "queries.jsonl", methods=specs)
+    assert all((there.values[s] == want.values[s]).all() for s in specs)
+
+    class Notes(Reporter):
+        said: list[str] = []  # noqa: RUF012
+
+        def note(self, message: str) -> None:
+            self.said.append(message)
+
+    store = datablame.index(
+        str(model_dir), trained / "train.jsonl", tmp_path / "without", str(adapter), reporter=Notes()
+    )
+    assert "optimizer.pt: not the state of an Adam" in Notes.said[0]
+    assert "cannot run adamdot" in Notes.said[0]
+    assert store.settings["optimizer"] is None

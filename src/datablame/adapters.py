@@ -61,9 +61,18 @@ def read_config(directory: Path) -> dict[str, Any]:
 def fingerprint_adapter(directory: Path) -> str:
     """sha256 of the adapter's configuration (what changes the function) and weights."""
     config = read_config(directory)
-    keys = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "fan_in_fan_out")
+    keys = (*SCALING, "rank_pattern", "target_modules", "fan_in_fan_out")
     shape = json.dumps({k: _plain(config.get(k)) for k in keys}, sort_keys=True)
     return hashlib.sha256(shape.encode() + (directory / WEIGHTS).read_bytes()).hexdigest()
+
+
+SCALING = ("r", "lora_alpha", "use_rslora", "alpha_pattern")
+
+
+def scaling(directory: Path) -> dict[str, Any]:
+    """What of the adapter's configuration scales its update BA."""
+    config = read_config(directory)
+    return {k: config.get(k) for k in SCALING}
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datablame.adapters import WEIGHTS, fingerprint_adapter
+from datablame.adapters import WEIGHTS, fingerprint_adapter, scaling
 from datablame.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,24 +46,47 @@ def directory(adapter: str | Path, step: int) -> Path:
 
 
 def find(adapter: str | Path, choice: str) -> list[Checkpoint]:
-    """The checkpoints of an adapter's training: `all`, or steps such as `12,24`. Raises UserError for one not there."""
+    """The checkpoints of an adapter's training: `all`, or steps such as `12,24`.
+
+    Only those up to the adapter's own weights: where it is a checkpoint itself, or the best one of a training that went
+    on, later steps did not make it. Raises UserError for one that is not there, or of another LoRA.
+    """
     run = _run(Path(adapter))
-    there = sorted(int(p.name.split("-")[1]) for p in run.glob("checkpoint-*") if p.name.split("-")[1].isdigit())
+    found = (re.fullmatch(r"checkpoint-([0-9]+)", p.name) for p in run.glob("checkpoint-*"))
+    there = sorted(int(match[1]) for match in found if match)
     if not there:
         raise UserError(f"--checkpoints: there is no checkpoint in {run}. Train with `datablame tune --keep N`.")
+    sha256 = {s: _fingerprint(run / f"checkpoint-{s}", Path(adapter)) for s in there}
+    own = fingerprint_adapter(Path(adapter))
+    last = max((s for s in there if sha256[s] == own), default=there[-1])
+    there = [s for s in there if s <= last]
     try:
         steps = there if choice == "all" else sorted({int(s) for s in choice.split(",")})
     except ValueError as e:
         raise UserError(f"--checkpoints {choice!r}: use all, or steps such as {there[0]},{there[-1]}.") from e
     if strange := [s for s in steps if s not in there]:
-        raise UserError(f"--checkpoints: no checkpoint-{strange[0]} in {run}; there are {', '.join(map(str, there))}.")
+        which = f"there are {', '.join(map(str, there))}"
+        later = f" (later ones did not make {adapter})" if strange[0] in sha256 else ""
+        raise UserError(f"--checkpoints: no checkpoint-{strange[0]} in {run}; {which}{later}.")
     rates = _rates(run, there[-1])
     parts = zip([0, *steps[:-1]], steps, strict=True)
-    return [Checkpoint(b, float(sum(rates[a:b])), fingerprint_adapter(run / f"checkpoint-{b}")) for a, b in parts]
+    return [Checkpoint(b, float(sum(rates[a:b])), sha256[b]) for a, b in parts]
+
+
+def _fingerprint(checkpoint: Path, adapter: Path) -> str:
+    """Of a checkpoint; UserError where its update has another scale than the adapter's, in which it would be read."""
+    there, here = scaling(checkpoint), scaling(adapter)
+    if differ := [k for k in here if there[k] != here[k]]:
+        raise UserError(
+            f"--checkpoints: {checkpoint} is of another LoRA than {adapter} "
+            f"({differ[0]}: {there[differ[0]]} there, {here[differ[0]]} here). Move it away."
+        )
+    return fingerprint_adapter(checkpoint)
 
 
 def _run(adapter: Path) -> Path:
     """The directory that holds the checkpoints."""
+    adapter = adapter.resolve()  # `.` has no name
     return adapter.parent if adapter.name.startswith("checkpoint-") else adapter
 
 
@@ -72,14 +96,21 @@ def _rates(run: Path, last: int) -> Sequence[float]:
     As `datablame tune` recorded it; else from the log of transformers' Trainer, which holds the rate at some
     steps only: linear between them, and constant before the first.
     """
-    record = read_record(run)
-    if "rates" in record:
-        return [float(r) for r in record["rates"]]
+    record = read_record(run) or read_record(run / f"checkpoint-{last}")
     state = run / f"checkpoint-{last}" / "trainer_state.json"
+    source = run / TRAINING_RECORD if "rates" in record else state
     logged: list[tuple[int, float]] = []
-    if state.exists():
-        log = json.loads(state.read_text(encoding="utf-8")).get("log_history", [])
-        logged = [(h["step"], h["learning_rate"]) for h in log if "learning_rate" in h]
+    try:
+        if "rates" in record:
+            rates = [float(r) for r in record["rates"]]
+            if len(rates) < last:
+                raise ValueError(f"{len(rates)} learning rates for {last} steps")
+            return rates
+        if state.exists():
+            log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+            logged = [(int(h["step"]), float(h["learning_rate"])) for h in log if "learning_rate" in h]
+    except (ValueError, TypeError, KeyError) as e:
+        raise UserError(f"--checkpoints: {source} is damaged, so the learning rates are not known ({e}).") from e
     if not logged:
         raise UserError(
             f"--checkpoints: neither {run / TRAINING_RECORD} nor {state} tells the learning rates, which weigh the "
@@ -140,7 +171,7 @@ def adam_state(adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ad
         entries = [state["state"][i] for i in numbers]
         v = [e["exp_avg_sq"].float() / (1 - g["betas"][1] ** float(e["step"])) for e, g in _with_group(entries, groups)]
     except Exception as e:  # a damaged or foreign pickle fails in many ways
-        raise UserError(f"{path}: not the state of an Adam optimizer ({str(e).splitlines()[0]}). Move it away.") from e
+        raise UserError(f"{path}: not the state of an Adam optimizer ({str(e).splitlines()[0]}).") from e
     names = _order(folder, shapes, path)
     _check_fit(path, dict(zip(names, v, strict=False)), len(v), shapes)
     by_name = {n: x.flatten() for n, x in zip(names, v, strict=True)}
@@ -164,13 +195,13 @@ def _order(folder: Path, shapes: Mapping[str, tuple[int, ...]], path: Path) -> l
     names = read_record(folder).get("parameters") or list(shapes)
     if set(names) != set(shapes):
         odd = sorted(set(names) ^ set(shapes))[0]
-        raise UserError(f"{path}: belongs to another adapter ({odd} is only in one of them). Move it away.")
+        raise UserError(f"{path}: belongs to another adapter ({odd} is only in one of them).")
     return names
 
 
 def _check_fit(path: Path, v: Mapping[str, Tensor], count: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
     if count != len(shapes):
-        raise UserError(f"{path}: holds {count} parameters, the adapter {len(shapes)}. Move it away.")
+        raise UserError(f"{path}: holds {count} parameters, the adapter {len(shapes)}.")
     for name, shape in shapes.items():
         if tuple(v[name].shape) != shape:
             raise UserError(f"{path}: {name} has shape {list(v[name].shape)} there, {list(shape)} in the adapter.")

@@ -7,11 +7,13 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datablame.checkpoints import (
     TRAINING_RECORD,
+    AdamState,
     Checkpoint,
     adam_state,
     damaged,
@@ -111,6 +113,8 @@ def index(
         reporter.note(note)
     engine = Engine(loaded, options)
     settings = {**engine.settings(), "encoding": encoder.settings(), "train_sha256": digest(examples, rows)}
+    for note in engine.notes:
+        reporter.note(note)
     store = FeatureStore.create(out, settings, engine.widths, examples, engine.dtype, engine.adapter_tensors())
     _forecast(store, engine, rows, reporter)
     fill(store, rows, engine.capture, reporter)
@@ -174,9 +178,19 @@ class Engine:
         for c in self.checkpoints:
             self.widths |= {at_checkpoint(k, c): d for k, d in gradients.items()}
         self.lora = {name: layer.weight.detach() for name, layer in select_blocks(loaded.model).items()}
-        self.adam = adam_state(adapter, {k: tuple(w.shape) for k, w in self.lora.items()}) if adapter else None
+        self.notes: list[str] = []
         self.dtype = "float64" if next(loaded.model.parameters()).dtype.itemsize == 8 else "float32"
         self.row_bytes = sum(self.widths.values()) * (8 if self.dtype == "float64" else 4)
+
+    @cached_property
+    def adam(self) -> AdamState | None:
+        """The trainer's Adam at these weights; None where there is none, or none of use: `notes` then says why."""
+        adapter = self.loaded.spec.adapter
+        try:
+            return adam_state(adapter, {k: tuple(w.shape) for k, w in self.lora.items()}) if adapter else None
+        except UserError as e:
+            self.notes.append(f"{e} It is left out, so this index cannot run adamdot.")
+            return None
 
     def settings(self) -> dict[str, Any]:
         """What an index records of the model and the capture; paths are for reloading, digests decide."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datablame import methods as registry
+from datablame.checkpoints import directory
 from datablame.encoding import Encoding, EncodingOptions, encode_rows, truncation_note
 from datablame.errors import UserError
 from datablame.examples import Columns, Example, check_text, from_prompt, load_examples
@@ -134,8 +135,10 @@ def capture_queries(
     """Features of the queries, with the index's own blocks and layers; at its checkpoints too where they are wanted."""
     s = store.settings
     steps = ",".join(str(c["step"]) for c in s["checkpoints"]) if checkpoints else None
+    if checkpoints:
+        _check_checkpoints(store, str(loaded.spec.adapter))
     engine = Engine(loaded, CaptureOptions(s["blocks"], s["layers"], s["batch_tokens"], steps))
-    if checkpoints and engine.settings()["checkpoints"] != s["checkpoints"]:
+    if checkpoints and [c.settings() for c in engine.checkpoints] != s["checkpoints"]:
         raise UserError(f"{store.path}: made with other checkpoints than those of {loaded.spec.adapter}. Index again.")
     rows = encode_rows(encoder, queries, turns="last")
     if note := truncation_note(queries, rows):
@@ -149,6 +152,16 @@ def capture_queries(
     captured = engine.capture(rows, queries, reporter)
     reporter.end()
     return captured
+
+
+def _check_checkpoints(store: FeatureStore, adapter: str) -> None:
+    """Raise UserError when a checkpoint that the index was made with is gone."""
+    gone = [c["step"] for c in store.settings["checkpoints"] if not directory(adapter, c["step"]).is_dir()]
+    if gone:
+        raise UserError(
+            f"{directory(adapter, gone[0])}: no such checkpoint, and the queries' gradients are needed there too. "
+            "Bring it back, point --adapter to where it is, or name other methods than those on checkpoints."
+        )
 
 
 # ---------------------------------------------------------------- methods and what they need

@@ -26,7 +26,7 @@ class TuneOptions:
     """The recipe. `layers` limits the LoRA to those block numbers (`0,1,2`); all when None.
 
     early_stop: stop after so many evaluations without a lower validation loss (0 = never).
-    keep: checkpoints kept, one an epoch, each with adapter and optimizer state (0 = none).
+    keep: the last checkpoints that led to the adapter, one an epoch, each with adapter and optimizer state (0 = none).
     """
 
     rank: int = 8
@@ -88,7 +88,8 @@ def tune(
     trainer.save_model(str(out))
     loaded.tokenizer.save_pretrained(out)
     _name_base_model(out / "adapter_config.json", model)
-    _tidy(out, options.keep)
+    best = trainer.state.best_model_checkpoint
+    _tidy(out, options.keep, _step(Path(best)) if best else None)
     for folder in [out, *out.glob("checkpoint-*")]:
         (folder / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -102,18 +103,23 @@ def _parameters(trainer: SFTTrainer) -> list[str]:
     return [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
 
 
-def _tidy(out: Path, keep: int) -> None:
+def _tidy(out: Path, keep: int, best: int | None) -> None:
     """Drop what the trainer leaves and nobody reads: checkpoints beyond `keep`, pickles, model cards with paths.
 
+    best: the step whose weights became the adapter's, where the training went on after it: later ones did not make it.
     `out` was empty before the training, so that nothing of the user's is in reach.
     """
-    checkpoints = list(out.glob("checkpoint-*"))
-    if keep == 0:
-        for checkpoint in checkpoints:
-            shutil.rmtree(checkpoint)
-    for folder in [out, *(c for c in checkpoints if c.exists())]:
+    checkpoints = sorted(out.glob("checkpoint-*"), key=_step)
+    kept = [c for c in checkpoints if best is None or _step(c) <= best][-keep:] if keep else []
+    for checkpoint in set(checkpoints) - set(kept):
+        shutil.rmtree(checkpoint)
+    for folder in [out, *kept]:
         for name in ("training_args.bin", "README.md"):
             (folder / name).unlink(missing_ok=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _check_finite(model: Any, history: list[dict[str, Any]]) -> None:
@@ -143,6 +149,8 @@ def _check(out: Path, options: TuneOptions, validation: str | Path | None) -> No
     for name in ("rank", "alpha", "epochs", "rate", "batch"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name} {getattr(options, name)}: must be more than 0.")
+    if options.keep < 0:
+        raise UserError(f"--keep {options.keep}: a whole number from 0.")
     if options.seed < 0:
         raise UserError(f"--seed {options.seed}: a whole number from 0.")
     if not 0 <= options.dropout < 1:
@@ -249,7 +257,8 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="epoch" if saves else "no",
-        save_total_limit=max(options.keep, 1) if saves else None,
+        # Early stopping is told of the best epoch only so many epochs later, and those are dropped in the end.
+        save_total_limit=max(options.keep + options.early_stop * bool(options.keep), 1) if saves else None,
         eval_strategy="epoch" if validates else "no",
         load_best_model_at_end=options.early_stop > 0,
         metric_for_best_model="eval_loss" if options.early_stop else None,
