@@ -271,6 +271,26 @@ def test_a_state_that_does_not_fit_is_refused(damage: str, trained: Path, tmp_pa
         adam_state(tmp_path / "a", shapes)
 
 
+def test_several_groups_without_names_are_refused(trained: Path, tmp_path: Path) -> None:
+    """A rate for each layer, say, the last layer first: the shapes fit, the order does not."""
+    shutil.copytree(trained / "adapter", tmp_path / "a")
+    store = FeatureStore.open(trained / "index")
+    shapes = {k: tuple(w.shape) for k, w in store.adapter("weights").items()}
+    path = tmp_path / "a" / "checkpoint-12"
+    straight = adam_state(tmp_path / "a", shapes)
+    (path / TRAINING_RECORD).unlink()
+    assert straight is not None
+    in_order = adam_state(tmp_path / "a", shapes)  # one group of weights, as Trainers make it, needs no names
+    assert in_order is not None
+    assert all(torch.equal(in_order.v[b], straight.v[b]) for b in shapes)
+    state = torch.load(path / "optimizer.pt", weights_only=True)
+    group = next(g for g in state["param_groups"] if g["params"])
+    state["param_groups"] = [{**group, "params": group["params"][k : k + 4]} for k in (8, 4, 0)]
+    torch.save(state, path / "optimizer.pt")
+    with pytest.raises(UserError, match="3 groups of parameters, and nothing tells which weights"):
+        adam_state(tmp_path / "a", shapes)
+
+
 def test_a_state_of_other_weights_is_none(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "adapter", tmp_path / "a", ignore=shutil.ignore_patterns("checkpoint-12"))
     assert adam_state(tmp_path / "a", {}) is None

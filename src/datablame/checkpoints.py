@@ -172,7 +172,7 @@ def adam_state(adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> Ad
         v = [e["exp_avg_sq"].float() / (1 - g["betas"][1] ** float(e["step"])) for e, g in _with_group(entries, groups)]
     except Exception as e:  # a damaged or foreign pickle fails in many ways
         raise UserError(f"{path}: not the state of an Adam optimizer ({str(e).splitlines()[0]}).") from e
-    names = _order(folder, shapes, path)
+    names = _order(folder, shapes, path, sum(bool(group["params"]) for group in groups))
     _check_fit(path, dict(zip(names, v, strict=False)), len(v), shapes)
     by_name = {n: x.flatten() for n, x in zip(names, v, strict=True)}
     return AdamState({n: by_name[n] for n in shapes}, float(groups[0]["eps"]), hashlib.sha256(data).hexdigest())
@@ -190,9 +190,16 @@ def _with_state(adapter: Path) -> Path | None:
     return next((f for f in fits if (f / WEIGHTS).read_bytes() == weights), None)
 
 
-def _order(folder: Path, shapes: Mapping[str, tuple[int, ...]], path: Path) -> list[str]:
-    """Block names in the optimizer's order: recorded by `datablame tune`, else the model's own, as Trainers take it."""
-    names = read_record(folder).get("parameters") or list(shapes)
+def _order(folder: Path, shapes: Mapping[str, tuple[int, ...]], path: Path, groups: int) -> list[str]:
+    """Block names in the optimizer's order: recorded by `datablame tune`, else the model's own, as Trainers take it.
+
+    That order is known within one group only: several (a rate for each layer, LoRA+) stand in any order, and layers
+    have the same shapes.
+    """
+    recorded = read_record(folder).get("parameters")
+    if not recorded and groups > 1:
+        raise UserError(f"{path}: {groups} groups of parameters, and nothing tells which weights each of them holds.")
+    names = recorded or list(shapes)
     if set(names) != set(shapes):
         odd = sorted(set(names) ^ set(shapes))[0]
         raise UserError(f"{path}: belongs to another adapter ({odd} is only in one of them).")
