@@ -425,7 +425,7 @@ def test_errors(run: Run, tmp_path: Path, arguments: tuple[str, ...], said: str)
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"run": [], "settings": [1]}'])
 def test_a_broken_result(run: Run, tmp_path: Path, text: str) -> None:
     (tmp_path / "table5.json").write_text(text)
     code, _, err = run("show", "table5", "--out", tmp_path)

@@ -342,7 +342,7 @@ def test_what_is_missing_is_said(model_dir: Path, built: Path, trained: Path, tm
         datablame.trace(built, queries, methods=["tracincp"])
     with pytest.raises(UserError, match="adamdot needs gradients, and the optimizer's state beside the adapter"):
         datablame.trace(built, queries, methods=["adamdot"])
-    for choice, said in (("5", "no checkpoint-5 in .*; there are 4, 8, 12"), ("x", "use all, or steps such as 4,12")):
+    for choice, said in (("5", "no checkpoint-5 in .*; there are 4, 8, 12"), ("x", "use all, or steps such as 8,12")):
         with pytest.raises(UserError, match=said):
             find(trained / "adapter", choice)
     with pytest.raises(UserError, match="give --adapter too"):

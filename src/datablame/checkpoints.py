@@ -63,7 +63,8 @@ def find(adapter: str | Path, choice: str) -> list[Checkpoint]:
     try:
         steps = there if choice == "all" else sorted({int(s) for s in choice.split(",")})
     except ValueError as e:
-        raise UserError(f"--checkpoints {choice!r}: use all, or steps such as {there[0]},{there[-1]}.") from e
+        which = ",".join(map(str, there[-2:]))
+        raise UserError(f"--checkpoints {choice!r}: use all, or steps such as {which}.") from e
     if strange := [s for s in steps if s not in there]:
         which = f"there are {', '.join(map(str, there))}"
         later = f" (later ones did not make {adapter})" if strange[0] in sha256 else ""
@@ -102,10 +103,10 @@ def _rates(run: Path, last: int) -> Sequence[float]:
     logged: list[tuple[int, float]] = []
     try:
         if "rates" in record:
-            rates = [float(r) for r in record["rates"]]
-            if len(rates) < last:
-                raise ValueError(f"{len(rates)} learning rates for {last} steps")
-            return rates
+            recorded = [float(r) for r in record["rates"]]
+            if len(recorded) < last:
+                raise ValueError(f"{len(recorded)} learning rates for {last} steps")
+            return recorded
         if state.exists():
             log = json.loads(state.read_text(encoding="utf-8"))["log_history"]
             logged = [(int(h["step"]), float(h["learning_rate"])) for h in log if "learning_rate" in h]

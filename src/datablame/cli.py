@@ -69,7 +69,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Seed of initialisation and order.")] = 0,
     validation: Annotated[str | None, typer.Option(help="Rows to measure the validation loss on.")] = None,
     early_stop: Annotated[int, typer.Option(help="Stop after so many epochs without improvement; 0: never.")] = 0,
-    keep: Annotated[int, typer.Option(help="Checkpoints to keep, one an epoch; 0: none.")] = 0,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep, of the last epochs; 0: none.")] = 0,
     template: Template = None,
     system: System = None,
     loss_on: LossOn = None,

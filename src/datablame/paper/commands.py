@@ -64,8 +64,11 @@ def show(
     from datablame.console import print_page
     from datablame.report.paper import write_page
 
-    experiment(name)
-    page = module(name).show(out)
+    result = out / experiment(name).result
+    try:
+        page = module(name).show(out)
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{result}: is not a result as this version writes it ({e}). Remove it and run again.") from e
     print_page(page)
     path = write_page(page, out / f"{name}.html")
     typer.echo(f"wrote {path}")
