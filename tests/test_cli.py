@@ -280,3 +280,17 @@ def test_bad_input_leaves_a_finished_index_usable(run: Run, built: Path, model_d
     assert code == 2
     assert "made with other settings" in stderr
     assert {p.name: p.read_bytes() for p in built.iterdir()} == before
+
+
+def test_ctrl_c_says_what_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from datablame import cli
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("datablame.indexing.index", interrupted)
+    monkeypatch.setattr("sys.argv", ["datablame", "index", "--model", "m", "--train", "t", "--out", "o"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == cli.INTERRUPTED
+    assert "run the same command again to go on" in capsys.readouterr().err

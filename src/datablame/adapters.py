@@ -32,7 +32,7 @@ REFUSED = {
 def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json of a PEFT directory. Raises UserError where it is none, or not a plain LoRA."""
     if not directory.is_dir():
-        raise UserError(f"--adapter {directory}: no such directory.")
+        raise UserError(f"--adapter {directory}: no such directory. If it was moved, say where with --adapter.")
     path = directory / "adapter_config.json"
     if not path.exists():
         raise UserError(f"--adapter {directory}: no adapter_config.json, so it is not a PEFT adapter.")

@@ -346,6 +346,10 @@ def _quiet() -> None:
     quiet_libraries()
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
 def main() -> None:
     """Entry point: user errors end with one sentence and exit code 2."""
     if "--debug" in sys.argv:  # wherever it stands
@@ -353,6 +357,14 @@ def main() -> None:
         os.environ["DATABLAME_DEBUG"] = "1"
     try:
         app(prog_name="datablame")
+    except SystemExit as e:
+        if e.code == INTERRUPTED:
+            typer.echo(
+                "\ninterrupted. index and bench keep what was finished: run the same command again to go on. "
+                "tune starts anew, in an empty --out.",
+                err=True,
+            )
+        raise
     except (UserError, OSError) as e:
         if os.environ.get("DATABLAME_DEBUG"):
             raise

@@ -99,7 +99,7 @@ def print_scores(scores: Scores, k: int) -> None:
 
 def _top_table(method: str, records: list[dict[Any, Any]]) -> Table:
     labels = any(r["label"] is not None for r in records)
-    table = Table(title=escape(method), title_justify="left", title_style="bold", expand=False)
+    table = Table(title=escape(method), title_justify="left", title_style="bold", expand=True)
     for name in ("rank", "score", "pct"):
         table.add_column(name, justify="right", no_wrap=True, min_width={"rank": 4, "score": 9, "pct": 5}[name])
     for name, key in (("id", "train"), ("label", "label")) if labels else (("id", "train"),):

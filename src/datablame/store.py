@@ -252,11 +252,14 @@ def _same(old: dict[str, Any], new: dict[str, Any], path: Path) -> None:
     b = {**new["settings"], "rows": new["rows"], "dtype": new["dtype"], "widths": new["widths"]}
     differ = [k for k in sorted({*a, *b} - {*PLACES}) if a.get(k) != b.get(k)]
     if differ:
+        differ = [k for k in differ if k != "widths"] or differ  # the widths follow from the rest
         shown = "; ".join(f"{k}: {_short(a.get(k))} there, {_short(b.get(k))} here" for k in differ[:4])
         raise UserError(f"{path}: this index was made with other settings ({shown}). Give another --out, or delete it.")
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and value and "step" in value[0]:
+        value = [v["step"] for v in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
 

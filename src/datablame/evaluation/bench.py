@@ -81,7 +81,6 @@ def bench(
     paths = [result_path(folder, c) for c in cells]
     if dry:
         return paths
-    failed = []
     for cell, task, missing in plan.cells:
         start = time.perf_counter()
         reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
@@ -92,15 +91,19 @@ def bench(
         result["versions"] = versions()
         result["seconds"]["all"] = round(time.perf_counter() - start, 1)
         save(result_path(folder, cell), result)
-        learnt = result["learnt"]
-        reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(learnt)}")
-        if not learnt["learnt"] and cell.recipe == "sound" and scale != "smoke":
-            failed.append(cell.name)
+        reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(result['learnt'])}")
+    if scale != "smoke":
+        _check_learnt([p for p, c in zip(paths, cells, strict=True) if c.recipe == "sound"])
+    return paths
+
+
+def _check_learnt(paths: Sequence[Path]) -> None:
+    """Raise UserError where a fine-tune did not learn what its task is about."""
+    failed = [p.stem for p in paths if not (read_result(p) or {})["learnt"]["learnt"]]
     if failed:
         raise UserError(
-            f"{', '.join(failed)}: the behaviour was not learnt, so these cells show nothing. Results kept."
+            f"{', '.join(failed)}: the behaviour was not learnt, so these cells show nothing. The results are kept."
         )
-    return paths
 
 
 def result_path(out: Path, cell: Cell) -> Path:

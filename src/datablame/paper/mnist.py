@@ -63,7 +63,7 @@ def load(source: str | None = None) -> Images:
     path = Path(source)
     if path.is_dir():
         return from_folder(path, "a folder of idx files")
-    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise UserError(f"--mnist {source}: no such folder. {PLACES}.")
     return _from_hub(source)
 

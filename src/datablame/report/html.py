@@ -50,6 +50,12 @@ MARKUP = 900
 ABOUT = {
     "gradcos": "Cosine of the gradients of row and query.",
     "graddot": "Dot product of the gradients of row and query.",
+    "exact": "Influence: dot product after the inverse of all gradients' damped covariance (empirical Fisher).",
+    "exact-block": "Influence, each weight matrix by itself.",
+    "datainf": "Influence, the inverse of a mean taken as the mean of inverses.",
+    "lissa": "Influence by a recursion that is stopped early.",
+    "tracincp": "Dot product of the gradients at checkpoints of the training, weighed by learning rates.",
+    "adamdot": "Dot product of the query's gradient with the row's, scaled as the trainer's Adam scales it.",
     "repsim": "Cosine of the hidden states of row and query.",
     "repsim-base": "Control: hidden states of the base model, before fine-tuning.",
     "bm25": "Control: shared words, weighted by how rare they are.",
@@ -210,7 +216,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield from flat(value, f"{name}.")
             continue
         if isinstance(value, (list, tuple)):
-            value = ", ".join(map(str, value))
+            # Of checkpoints the step says enough.
+            value = ", ".join(str(v["step"] if isinstance(v, Mapping) and "step" in v else v) for v in value)
         text = "none" if value is None or value in ("", {}) else str(value)
         is_hash = re.fullmatch(r"[0-9a-f]{32,128}", text) is not None
         yield name, f"{text[:12]}…" if is_hash else text, text if is_hash else ""
