@@ -29,6 +29,7 @@ def build(path: Path, rows: int, blocks: int, width: int) -> None:
     check_disk(path, rows * blocks * width * 4)
     examples = [Example(str(i), i, (), f"row {i}", None) for i in range(rows)]
     store = FeatureStore.create(path, {"made_by": "benchmarks/large_store.py"}, widths, examples, "float32")
+    store.begin()
     common = torch.randn(blocks, width, generator=torch.Generator().manual_seed(0))
     for a, b in store.missing():
         own = torch.Generator().manual_seed(1 + a)
