@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from datablame.errors import UserError
+from datablame.evaluation import tables as bench_tables
+from datablame.evaluation.results import TaskResults, load_results
 from datablame.paper import table5 as paper
 from datablame.paper.figure3 import spread
 
@@ -136,11 +139,62 @@ def _grid(r: dict[str, Any], corner: str, names: list[str], cell: Callable[[dict
     return "\n".join(lines)
 
 
+def learnt(found: dict[str, TaskResults]) -> str:
+    """What each fine-tune taught, and on which side words show the label."""
+    head = [
+        "task",
+        "rows",
+        "seeds",
+        "answers as their class asks (base)",
+        "loss a token (base)",
+        "BM25: prompt, response",
+    ]
+    rows = [head]
+    for task, results in found.items():
+        r = results.results
+        share, loss = [
+            " · ".join(f"{x['learnt'][k]['tuned']:{form}} ({x['learnt'][k]['base']:{form}})" for x in r)
+            for k, form in (("behaves", ".0%"), ("loss", ".2f"))
+        ]
+        leak = " · ".join(f"{x['leak']['prompt']:.2f}, {x['leak']['response']:.2f}: {x['leak']['shows']}" for x in r)
+        note = "" if results.learnt else " *(behaviour not learnt)*"
+        rows.append([f"{task}{note}", str(r[0]["rows"]), ", ".join(str(x["seed"]) for x in r), share, loss, leak])
+    return bench_tables.markdown(rows)
+
+
+def hours(found: dict[str, TaskResults]) -> str:
+    """Of all cells."""
+    total = sum(r["seconds"]["all"] for t in found.values() for r in t.results)
+    cells = sum(len(t.results) for t in found.values())
+    return f"{cells} cells took {total / 3600:.1f} hours, other work beside them."
+
+
+BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
+    "learnt": learnt,
+    "hours": hours,
+    "ladder": lambda found: bench_tables.markdown(bench_tables.ladder_rows(found)),
+    **{
+        n: lambda found, n=n: bench_tables.markdown(bench_tables.paper_rows(n, found))
+        for n in bench_tables.PAPER_TABLES
+    },
+}
+"""Tables of the benchmark's results, `benchmarks/results/bench/`."""
+
+
+def _bench(name: str) -> str:
+    try:
+        return BENCH[name](load_results(RESULTS / "bench", "smollm2-135m", "cpu"))
+    except UserError:
+        return "*Not run yet.*"
+
+
 def render(text: str) -> str:
     """The page with its tables as the JSON files say now."""
 
     def table(match: re.Match[str]) -> str:
         name = match[2]
+        if name in BENCH:
+            return f"{match[1]}{_bench(name)}\n{match[3]}"
         result = json.loads((RESULTS / f"{FILES.get(name, name)}.json").read_text(encoding="utf-8"))
         return f"{match[1]}{globals()[name](result)}\n{match[3]}"
 

@@ -14,13 +14,14 @@ from scipy.stats import spearmanr
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
-from datablame.evaluation import retraining, scoring
+from datablame.evaluation import retraining, scoring, truth
 from datablame.evaluation.bench import bench, lacking, read_result, result_path, to_json
 from datablame.evaluation.cell import Cell, fingerprint
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import LADDER, PAPER, REPSIM_LADDER, SOUND, runs, split
 from datablame.evaluation.tables import HEADINGS, ladder_rows, markdown, paper_rows, task_rows
 from datablame.evaluation.tasks.base import Task, examples, same_label
+from datablame.models import ModelSpec, load
 from datablame.report.bench import write_bench
 from datablame.tuning import TuneOptions
 
@@ -312,3 +313,26 @@ def test_retraining_looks_at_the_queries_and_is_kept(
     assert (again.loss == first.loss).all()
     with pytest.raises(UserError, match="every row was dropped"):
         retraining.retrain(cell, task, [], tmp_path)
+
+
+def test_methods_are_held_against_retraining(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "HALF_SETS", 4)
+    run(model_dir, tmp_path / "out")
+    cell, sha = Cell(str(model_dir), "tiny", "smoke", 0), load(ModelSpec(str(model_dir))).model_sha256
+    wanted = ["gradcos@response", "bm25:text=both"]
+    path = truth.against_retraining(cell, tiny(), sha, "removal", tmp_path / "out", runs=wanted)
+    found = json.loads(path.read_text())
+    assert list(found["after"]) == ["nothing", *wanted, "chance", "the right rows"]
+    assert found["dropped"] == 3
+    assert all(len(a["rows"]) == 3 for name, a in found["after"].items() if name != "nothing")
+    full = retraining.retrain(cell, tiny(), range(6), tmp_path / "cache" / "bench", generate=True)
+    assert found["after"]["nothing"]["loss"] == pytest.approx(full.loss[[0, 2]], abs=1e-4)
+
+    path = truth.against_retraining(cell, tiny(), sha, "lds", tmp_path / "out")
+    found = json.loads(path.read_text())
+    assert set(found["lds"]) == set(runs("all", METHODS))
+    assert len(found["noise_ceiling"]["queries"]) == 4
+    with pytest.raises(UserError, match="no scores of gradnorm"):
+        truth.against_retraining(cell, tiny(), sha, "lds", tmp_path / "out", runs=["gradnorm@response"])
+    with pytest.raises(UserError, match="there are no scores yet"):
+        truth.against_retraining(replace(cell, seed=5), tiny(5), sha, "lds", tmp_path / "out")

@@ -81,6 +81,11 @@ def fingerprint(cell: Cell, task: Task, model_sha256: str) -> str:
     return sha.hexdigest()
 
 
+def folder_of(cell: Cell, task: Task, model_sha256: str) -> str:
+    """The name of a cell's folder."""
+    return f"{cell.name}-{fingerprint(cell, task, model_sha256)[:16]}"
+
+
 def run_cell(
     cell: Cell,
     task: Task,
@@ -94,7 +99,7 @@ def run_cell(
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Everything for one cell; the result as `benchmarks/results/` keeps it. `keep` leaves the feature stores."""
-    folder = work / f"{cell.name}-{fingerprint(cell, task, model_sha256)[:16]}"
+    folder = work / folder_of(cell, task, model_sha256)
     folder.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 

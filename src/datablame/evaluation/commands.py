@@ -138,6 +138,49 @@ def show_bench(
     typer.echo(f"wrote {write_bench(found, page or out / Path(model).name / scale / f'report-{recipe}.html')}")
 
 
+@app.command("retrain")
+def retrain_bench(
+    task: Annotated[str, typer.Argument(help="A task whose cell has been run.")],
+    truth: Annotated[str, typer.Option(help="removal (drop what a method ranks first) or lds (random half-sets).")],
+    model: Annotated[str, typer.Option(help="As for `datablame index`.")] = "smollm2-135m",
+    scale: Scale = "cpu",
+    seed: Seed = 0,
+    runs: Annotated[list[str] | None, typer.Option("--run", help="method@view; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float64. Default: by device.")] = None,
+    advbench: AdvBench = None,
+    alpaca: Alpaca = None,
+    data: Data = None,
+) -> None:
+    """Hold methods against retraining. Every training is kept; an interrupted run goes on."""
+    from datablame.console import ConsoleReporter
+    from datablame.evaluation import tasks
+    from datablame.evaluation.cell import Cell
+    from datablame.evaluation.truth import against_retraining
+    from datablame.indexing import quiet_libraries
+    from datablame.models import ModelSpec, load
+
+    if truth not in ("removal", "lds"):
+        raise UserError(f"--truth {truth!r}: use removal or lds.")
+    quiet_libraries()
+    built = tasks.build(task, scale, seed, advbench=advbench, alpaca=alpaca, data=data)
+    sha256 = load(ModelSpec(model, None, device, dtype)).model_sha256
+    cell = Cell(model, task, scale, seed)
+    path = against_retraining(
+        cell,
+        built,
+        sha256,
+        truth,  # type: ignore[arg-type]
+        out,
+        runs=runs,
+        device=device,
+        dtype=dtype,
+        reporter=ConsoleReporter(),
+    )
+    typer.echo(f"wrote {path}")
+
+
 def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 

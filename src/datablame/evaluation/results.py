@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,8 @@ def _of_group(result: dict[str, Any], values: Sequence[float], group: str) -> li
 def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound") -> dict[str, TaskResults]:
     """`{task: results}` of what is there. Raises UserError where nothing is."""
     folder = Path(out) / Path(model).name / scale
-    read = [read_result(p) for p in sorted(folder.glob(f"*-{recipe}-s*.json"))]
+    name = re.compile(rf"-{re.escape(recipe)}-s\d+$")
+    read = [read_result(p) for p in sorted(folder.glob("*.json")) if name.search(p.stem)]
     found: dict[str, list[dict[str, Any]]] = {}
     for result in filter(None, read):
         found.setdefault(result["task"], []).append(result)

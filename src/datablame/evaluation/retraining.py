@@ -143,6 +143,8 @@ def rank_correlations(a: Float[np.ndarray, "m s"], b: Float[np.ndarray, "m s"]) 
 
 
 def noise_ceiling(first: Float[np.ndarray, "count m"], second: Float[np.ndarray, "count m"]) -> Float[np.ndarray, " m"]:
-    """Each query's correlation between the losses of the same half-sets under two seeds: no method can be expected
-    to do better than about its root."""
+    """Each query's correlation between the losses of the same half-sets under two seeds.
+
+    Against the losses of one seed no method can be expected to do better than about its root.
+    """
     return rank_correlations(first.T, second.T)
