@@ -62,22 +62,36 @@ def ladder(found: Mapping[str, TaskResults], metric: str = "auroc") -> go.Figure
     return figure
 
 
-def heat_maps(results: TaskResults) -> go.Figure | None:
-    """Figure 2: queries × training rows, both sorted by class, each query's scores from its lowest to its highest."""
-    from plotly.subplots import make_subplots
+def matrices(results: TaskResults) -> dict[str, tuple[np.ndarray[Any, Any], list[str], list[str]]]:
+    """`{run: (scores, names of queries, names of training rows)}` of the first seed, both sorted by class.
 
+    Scores run from 0 at each query's lowest to 1 at its highest.
+    """
     result = results.results[0]
     found = result["results"]["reference"]
-    runs = [r for r in FIGURE if "heat" in found.get(r, {})]
-    if not runs:
-        return None
     m, n = len(result["queries"]), result["rows"]
     rows = sorted(range(m), key=lambda j: (str(result["queries"][j]["label"]), j))
     columns = sorted(range(n), key=lambda i: (str(result["labels"][i]), i))
-    figure = make_subplots(rows=len(runs), cols=1, subplot_titles=runs, vertical_spacing=0.25 / max(1, len(runs)))
-    for k, run in enumerate(runs, 1):
+    queries = [f"{result['queries'][j]['label']} · {result['queries'][j]['id']}" for j in rows]
+    training = [f"{result['labels'][i]} · {i}" for i in columns]
+    out = {}
+    for run in (r for r in FIGURE if "heat" in found.get(r, {})):
         z = np.frombuffer(base64.b64decode(found[run]["heat"]), dtype=np.uint8).reshape(m, n)
-        figure.add_heatmap(z=z[np.ix_(rows, columns)] / 255, coloraxis="coloraxis", row=k, col=1)
+        out[run] = (z[np.ix_(rows, columns)] / 255, queries, training)
+    return out
+
+
+def heat_maps(results: TaskResults) -> go.Figure | None:
+    """Figure 2: queries × training rows, one map a run."""
+    from plotly.subplots import make_subplots
+
+    drawn = matrices(results)
+    if not drawn:
+        return None
+    runs = list(drawn)
+    figure = make_subplots(rows=len(runs), cols=1, subplot_titles=runs, vertical_spacing=0.25 / len(runs))
+    for k, (z, _, _) in enumerate(drawn.values(), 1):
+        figure.add_heatmap(z=z, coloraxis="coloraxis", row=k, col=1)
     figure.update_layout(
         template="plotly_white", height=220 * len(runs) + 80, coloraxis={"colorscale": "Viridis", "cmin": 0, "cmax": 1}
     )

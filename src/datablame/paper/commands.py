@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from datablame.errors import UserError
-from datablame.paper import EXPERIMENTS, SCALES, Request, experiment, module
+from datablame.paper import EXPERIMENTS, Request, experiment, module
 
 app = typer.Typer(
     help="The paper's tables and figures: run one, and see its numbers beside ours.",
@@ -36,21 +36,23 @@ def list_(out: Out = OUT) -> None:
 @app.command()
 def run(
     name: Name,
-    scale: Annotated[str, typer.Option(help="smoke (a minute) or cpu (everything).")] = "smoke",
+    scale: Annotated[str, typer.Option(help="smoke (minutes), cpu (everything), paper (a GPU).")] = "smoke",
     mnist: Annotated[str | None, typer.Option(help="A folder of idx files or a hub id. Default: npm.")] = None,
     out: Out = OUT,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first subset of points.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first subset of points, or of one-seed figures.")] = 0,
+    model: Annotated[str, typer.Option(help="As for `datablame index`.")] = "smollm2-135m",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.")] = None,
 ) -> None:
     """Measure one. A run that is already in --out is kept."""
     from datablame.console import ConsoleReporter
     from datablame.scores import check_out
 
-    experiment(name)
-    if scale not in SCALES:
-        raise UserError(f"--scale {scale}: use {' or '.join(SCALES)}.")
+    scales = experiment(name).costs
+    if scale not in scales:
+        raise UserError(f"--scale {scale}: use {' or '.join(scales)}.")
     check_out(out)
     command = shlex.join(["datablame", *sys.argv[1:]])
-    path = module(name).run(Request(scale, out, seed, command, ConsoleReporter(), mnist))
+    path = module(name).run(Request(name, scale, out, seed, command, ConsoleReporter(), mnist, model, device))
     typer.echo(f"{path}; see it with: datablame paper show {name} --out {shlex.quote(str(out))}")
 
 
@@ -66,7 +68,7 @@ def show(
 
     result = out / experiment(name).result
     try:
-        page = module(name).show(out)
+        page = module(name).show(out, name)
     except (KeyError, TypeError) as e:
         raise UserError(f"{result}: is not a result as this version writes it ({e}). Remove it and run again.") from e
     print_page(page)

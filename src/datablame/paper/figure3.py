@@ -16,7 +16,7 @@ def run(request: Request) -> Path:
     return table5.run(request)
 
 
-def show(out: Path) -> Page:
+def show(out: Path, name: str) -> Page:
     """Errors with intervals against each reference."""
     from datablame.paper.linear import REFERENCES
 

@@ -113,7 +113,7 @@ def protocol(plan: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- what is told
 
 
-def show(out: Path) -> Page:
+def show(out: Path, name: str) -> Page:
     """Seconds and errors of every method, the paper's beside ours."""
     r = read(out / RESULT)
     headings = ["method", "s", "s, paper", "Fisher raw", "scaled", "paper", "Hessian raw", "scaled", "resid."]

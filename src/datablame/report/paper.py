@@ -36,6 +36,8 @@ def _escaped(view: dict[str, Any]) -> dict[str, Any]:
     """Names and categories in which plotly finds no tag of its own."""
     data = []
     for trace in view["data"]:
-        labels = {"name": plotly_text(trace["name"]), "x": [plotly_text(x) for x in trace["x"]]}
+        labels: dict[str, Any] = {"name": plotly_text(trace["name"]), "x": [plotly_text(x) for x in trace["x"]]}
+        if trace["type"] == "heatmap":
+            labels["y"] = [plotly_text(y) for y in trace["y"]]
         data.append({**trace, **labels})
     return {**view, "data": data}

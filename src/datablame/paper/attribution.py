@@ -1,0 +1,116 @@
+"""Tables 2 to 4 and Figures 1 and 2: the benchmark's cells, drawn as the paper draws them.
+
+A run leaves `NAME.json`, which says where the cells' results lie (`bench/` beside it) and of which model and scale.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datablame.paper import Page, Request, Table, experiment
+from datablame.paper.results import read, write
+
+TASKS = {
+    "table2": ("mixed-small", "mixed-large", "mixed-hard"),
+    "table3": ("harmfulcheck", "grammars", "mathqa"),
+    "table4": ("backdoor-1", "backdoor-3", "backdoor-5"),
+    "figure1": ("grammars",),
+    "figure2": ("mixed-small", "grammars", "backdoor-3"),
+}
+FIRST_SEED = ("figure1", "figure2")
+"""Drawn from one seed."""
+
+
+def run(request: Request) -> Path:
+    """Every cell that has no result yet."""
+    from datablame.evaluation.bench import bench
+
+    seeds = [request.seed] if request.name in FIRST_SEED or request.scale == "smoke" else None
+    bench(
+        request.model,
+        request.out / "bench",
+        scale=request.scale,
+        tasks=TASKS[request.name],
+        seeds=seeds,
+        device=request.device,
+        reporter=request.reporter,
+    )
+    made = {"experiment": request.name, "model": request.model, "scale": request.scale, "seed": request.seed}
+    return write(request.out / experiment(request.name).result, {**made, "command": request.command})
+
+
+def show(out: Path, name: str) -> Page:
+    """Tables and a picture."""
+    from datablame.evaluation.results import load_results
+
+    r = read(out / experiment(name).result)
+    every = load_results(out / "bench", r["model"], r["scale"])
+    found = {task: every[task] for task in TASKS[name] if task in every}
+    facts = [("model", r["model"]), ("scale", r["scale"]), ("tasks", ", ".join(found))]
+    page = {"figure1": _top_rows, "figure2": _heat_maps}.get(name, _table)(name, found)
+    title = f"{name[:-1].capitalize()} {name[-1]}: {experiment(name).shows}"
+    return Page(title, facts, page["notes"], page["tables"], page["views"], str(r["command"]), r)
+
+
+def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    from datablame.evaluation.tables import paper_rows
+
+    header, *rows = paper_rows(name, found)
+    data = []
+    for task, results in found.items():
+        means = [results.interval(run, "accuracy") for run in results.runs]
+        half = [(i.high - i.low) / 2 for i in means]
+        error = {"type": "data", "array": half, "thickness": 1, "width": 2}
+        bars = {"x": results.runs, "y": [i.value for i in means], "error_y": error}
+        data.append({"type": "bar", "name": task, **bars})
+    layout = {"barmode": "group", "yaxis": {"title": {"text": "top-1 accuracy"}, "rangemode": "tozero"}}
+    notes = [
+        "Top-1 accuracy with its 95 % interval / coverage, in percent; chance in the last row.",
+        "R and B: better (+), worse (−) or not significantly different (=) from the paper's RepSim and from BM25, at "
+        "5 % after Holm's correction over the table. The paper's numbers are of Llama-2-7B-chat, on other rows.",
+    ]
+    plain = [[cell.replace("`", "") for cell in row] for row in rows]
+    return {
+        "notes": notes,
+        "tables": [Table(experiment(name).shows, header, plain)],
+        "views": {"accuracy": {"data": data, "layout": layout}},
+    }
+
+
+def _top_rows(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    from datablame.evaluation.figures import top_rows
+    from datablame.evaluation.tasks import build
+
+    tables = []
+    for task, results in found.items():
+        first = results.results[0]
+        built = build(task, first["scale"], first["seed"])
+        query = built.queries[0]
+        rows = [
+            [t["run"], str(t["label"]), "right" if t["right"] else "wrong", f"{t['prompt']} → {t['response']}"]
+            for t in top_rows(results, built)
+        ]
+        title = f"{task}, class {query.label}: {query.prompt} → {query.response}"
+        tables.append(Table(title, ["run", "class of the top row", "", "top row"], rows))
+    return {
+        "notes": ["The training row that each method ranks first, for the first query."],
+        "tables": tables,
+        "views": {},
+    }
+
+
+def _heat_maps(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    from datablame.evaluation.figures import matrices
+
+    views = {}
+    for task, results in found.items():
+        for run, (z, rows, columns) in matrices(results).items():
+            trace = {"type": "heatmap", "name": run, "x": columns, "y": rows, "z": z.round(2).tolist()}
+            layout = {"xaxis": {"title": {"text": "training row, by class"}, "showticklabels": False}}
+            layout["yaxis"] = {"title": {"text": "query"}, "autorange": "reversed", "showticklabels": False}
+            views[f"{task}: {run}"] = {"data": [trace], "layout": layout}
+    notes = [
+        "Queries × training rows, both sorted by class; each query's scores from its lowest (0) to its highest (1)."
+    ]
+    return {"notes": notes, "tables": [], "views": views}

@@ -1,0 +1,44 @@
+"""Tables 7 to 11: rows of each task, as the paper shows them. Nothing is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datablame.paper import Page, Request, Table, experiment
+from datablame.paper.results import read, write
+
+TASKS = {
+    "table7": ("mixed-small", "mixed-hard"),
+    "table8": ("grammars",),
+    "table9": ("mathqa",),
+    "table10": ("harmfulcheck",),
+    "table11": ("backdoor-1", "backdoor-3", "backdoor-5"),
+}
+
+
+def run(request: Request) -> Path:
+    """The first row of every class."""
+    from datablame.evaluation.tasks import build
+
+    shown = []
+    for name in TASKS[request.name]:
+        task = build(name, request.scale, request.seed)
+        first = [next(e for e in task.train if e.label == label) for label in task.classes]
+        rows = [[str(e.label), e.prompt, e.response] for e in first]
+        shown.append({"task": name, "title": task.title, "rows": len(task.train), "shown": rows})
+    made = {"experiment": request.name, "scale": request.scale, "seed": request.seed, "tasks": shown}
+    return write(request.out / experiment(request.name).result, {**made, "command": request.command})
+
+
+def show(out: Path, name: str) -> Page:
+    """A table a task."""
+    r = read(out / experiment(name).result)
+    tables = [
+        Table(f"{t['task']}: {t['title']}", ["class", "prompt", "response"], [list(row) for row in t["shown"]])
+        for t in r["tasks"]
+    ]
+    notes = ["Harmful rows are inert: invented requests and placeholder answers."]
+    facts = [("scale", r["scale"]), ("seed", str(r["seed"]))]
+    title = f"{name.replace('table', 'Table ')}: {experiment(name).shows}"
+    settings = {k: v for k, v in r.items() if k not in ("tasks", "command")}
+    return Page(title, facts, notes, tables, {}, str(r["command"]), settings)
