@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 
 from datablame.errors import UserError
@@ -117,6 +118,8 @@ def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path
     for view in views.VIEWS:
         g, v = views.gradients(train, view), views.gradients(queries, view)
         dots[view] = sum((v[b] @ g[b].T).double() for b in g).numpy()
+    mean = {b: x / 127 for b, x in train.features("padded-gradients").items()}
+    assert all(torch.allclose(mean[b], x) for b, x in views.gradients(train, "padded").items())
     kept = scoring.read_matrices(folder / "scores.npz")
     result = json.loads(path.read_text())["results"]["reference"]
     for view, want in dots.items():
@@ -124,7 +127,7 @@ def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path
         values = metrics.auroc(kept[f"graddot@{view}"], tiny().truth)
         assert result[f"graddot@{view}"]["auroc"] == pytest.approx(values, abs=1e-4)
     assert np.abs(dots["all"] - dots["response"]).max() > 1e-3 * np.abs(dots["all"]).max()
-    assert np.abs(dots["all"] - dots["padded"]).max() > 1e-3 * np.abs(dots["all"]).max()
+    assert np.abs(dots["all"] - 127**2 * dots["padded"]).max() > 1e-3 * np.abs(dots["all"]).max()
 
 
 def test_an_interrupted_cell_goes_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

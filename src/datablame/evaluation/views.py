@@ -80,23 +80,34 @@ def eager_attention(model: Any) -> Iterator[None]:
 
 
 def gradients(store: FeatureStore, view: str) -> Mapping[str, Tensor]:
-    """`{block: [n, D]}` of one view, read when asked for."""
+    """`{block: [n, D]}` of one view, read when asked for.
+
+    Of the loss summed over the labelled tokens; under `padded` of their mean, as in the released code, whose LiSSA
+    depends on the scale.
+    """
     if view == "all":
-        return Sum(gradients(store, "response"), gradients(store, "prompt"))
+        return Combined({"response": 1.0, "prompt": 1.0}, store)
+    if view == "padded":
+        return Combined({"padded": 1 / (PAD_TO - 1)}, store)
+    return _features(store, view)
+
+
+def _features(store: FeatureStore, view: str) -> Mapping[str, Tensor]:
     return store.features("gradients" if view == "response" else f"{view}-gradients")
 
 
-class Sum(Mapping[str, "Tensor"]):
-    """Two mappings of equal blocks, added block by block when a block is asked for."""
+class Combined(Mapping[str, "Tensor"]):
+    """A weighted sum of stored views, block by block when a block is asked for."""
 
-    def __init__(self, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
-        self._a, self._b = a, b
+    def __init__(self, weights: Mapping[str, float], store: FeatureStore) -> None:
+        self._parts = [(w, _features(store, view)) for view, w in weights.items()]
 
     def __getitem__(self, block: str) -> Tensor:
-        return self._a[block] + self._b[block]
+        (w, first), *rest = self._parts
+        return sum((w * features[block] for w, features in rest), w * first[block])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._a)
+        return iter(self._parts[0][1])
 
     def __len__(self) -> int:
-        return len(self._a)
+        return len(self._parts[0][1])
