@@ -18,6 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation.results import TaskResults, load_results
 from datablame.paper import table5 as paper
 from datablame.paper.figure3 import spread
+from datablame.report.bench import BASE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -147,7 +148,8 @@ def learnt(found: dict[str, TaskResults]) -> str:
         "seeds",
         "answers as their class asks (base)",
         "loss a token (base)",
-        "BM25: prompt, response",
+        "AUROC of BM25: prompt, response; the label shows on",
+        "of the base model's hidden states",
     ]
     rows = [head]
     for task, results in found.items():
@@ -157,8 +159,9 @@ def learnt(found: dict[str, TaskResults]) -> str:
             for k, form in (("behaves", ".0%"), ("loss", ".2f"))
         ]
         leak = " · ".join(f"{x['leak']['prompt']:.2f}, {x['leak']['response']:.2f}: {x['leak']['shows']}" for x in r)
+        base = " · ".join(f"{s:.2f}" for s in results.seeds(BASE, "auroc"))
         note = "" if results.learnt else " *(behaviour not learnt)*"
-        rows.append([f"{task}{note}", str(r[0]["rows"]), ", ".join(str(x["seed"]) for x in r), share, loss, leak])
+        rows.append([f"{task}{note}", str(r[0]["rows"]), ", ".join(str(x["seed"]) for x in r), share, loss, leak, base])
     return bench_tables.markdown(rows)
 
 

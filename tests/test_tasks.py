@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datablame.evaluation import tasks
+from datablame.evaluation import metrics, tasks
 from datablame.evaluation.leak import lexical_leak
 from datablame.evaluation.metrics import auroc
 from datablame.evaluation.tasks import backdoor, fact_words, grammars, mixed_hard, words
@@ -285,3 +285,20 @@ def test_noise_gets_chance_and_an_oracle_one(name: str) -> None:
     ]
     assert abs(np.mean(draws) - 0.5) < 4 * np.std(draws, ddof=1) / np.sqrt(len(draws))
     assert (auroc(task.truth.astype(float), task.truth) == 1).all()
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+@pytest.mark.parametrize("name", OURS)
+def test_noise_gets_chance_and_an_oracle_everything(name: str, scale: str) -> None:
+    """On every metric: the mean of 200 draws lies within four standard errors of what `chance` says."""
+    task = tasks.build(name, scale)
+    classes = len(task.classes)
+    rng = np.random.default_rng(0)
+    draws = [metrics.per_query(rng.normal(size=task.truth.shape), task.truth, classes) for _ in range(200)]
+    expected = metrics.chance(task.truth, classes)
+    for metric in metrics.METRICS:
+        means = np.array([d[metric].mean() for d in draws])
+        assert abs(means.mean() - expected[metric].mean()) < 4 * means.std(ddof=1) / len(means) ** 0.5, metric
+    oracle = metrics.per_query(task.truth.astype(float), task.truth, classes)
+    for metric in ("accuracy", "recall", "auroc", "auprc", "mrr"):
+        assert (oracle[metric] == 1).all(), metric

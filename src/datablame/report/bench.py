@@ -17,6 +17,9 @@ from datablame.evaluation.tables import HEADINGS, PAPER_TABLES, ladder_rows, pap
 from datablame.report.figures import script_safe
 from datablame.report.html import environment
 
+BASE = "repsim-base:layer=middle,text=response"
+"""Beside BM25, what can be found without any fine-tuning."""
+
 
 def write_bench(found: Mapping[str, TaskResults], path: Path) -> Path:
     """Write the self-contained page and return its path."""
@@ -59,6 +62,7 @@ def _task(results: TaskResults) -> dict[str, Any]:
         "queries": len(first["queries"]),
         "seeds": [r["seed"] for r in results.results],
         "leak": [r["leak"] for r in results.results],
+        "base": results.seeds(BASE, "auroc") if BASE in results.runs else [],
         "learnt": [r["learnt"] for r in results.results],
         "tables": tables,
     }
