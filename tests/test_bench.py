@@ -73,7 +73,10 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
     assert all(np.isfinite(one[m]).all() for m in HEADINGS)
     assert one["top"] == [int(t) for t in one["top"]]
     assert result["learnt"]["loss"]["base"] > 0
-    assert "tokens" not in result["seconds"]
+    assert result["seconds"]["all"] == pytest.approx(
+        sum(v for k, v in result["seconds"].items() if k != "all"), abs=0.1
+    )
+    assert set(result["seconds"]) == {"tune", "answers", "features", "scores", "all"}
     # No features are left, the adapter is.
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     assert {p.name for p in folder.iterdir()} == {
@@ -82,6 +85,7 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
         "adapter",
         "answers.json",
         "scores.npz",
+        "seconds.json",
     }
 
     # A second call runs nothing; a new method runs alone, and keeps the others.

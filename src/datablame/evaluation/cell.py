@@ -101,12 +101,15 @@ def run_cell(
     """Everything for one cell; the result as `benchmarks/results/` keeps it. `keep` leaves the feature stores."""
     folder = work / folder_of(cell, task, model_sha256)
     folder.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = {}
+    clock = folder / "seconds.json"
+    seconds: dict[str, float] = json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else {}
 
     def timed(stage: str, work: Callable[[], Any]) -> Any:
+        """Adds to what the stage took in earlier, interrupted runs."""
         start = time.perf_counter()
         done = work()
-        seconds[stage] = round(time.perf_counter() - start, 1)
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+        clock.write_text(json.dumps(seconds), encoding="utf-8")
         return done
 
     write_rows(task.train, folder / "train.jsonl")
