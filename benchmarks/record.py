@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datablame.paper.results import environment
+from datablame.environment import environment
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

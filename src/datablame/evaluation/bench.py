@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from datablame.environment import environment
 from datablame.errors import UserError
 from datablame.evaluation.cell import VERSION, Cell, fingerprint, options, run_cell
 from datablame.evaluation.suites import Suite, runs
@@ -86,7 +85,7 @@ def bench(
         result = run_cell(
             cell, task, missing, work, model_sha256, device=device, dtype=dtype, keep=keep, reporter=reporter
         )
-        result["versions"] = versions()
+        result |= environment()
         result["seconds"]["all"] = round(sum(result["seconds"].values()), 1)
         save(result_path(folder, cell), result)
         reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(result['learnt'])}")
@@ -194,9 +193,3 @@ def _learnt_line(learnt: dict[str, Any]) -> str:
         f"{state}: {share['tuned']:.0%} of the answers show it (base model {share['base']:.0%}), "
         f"loss a response token {loss['tuned']:.2f} (base {loss['base']:.2f})"
     )
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the libraries that decide the numbers."""
-    packages = ("torch", "transformers", "peft", "trl", "numpy", "scipy", "bm25s")
-    return {"python": platform.python_version(), **{p: version(p) for p in packages}}

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from datablame.environment import environment
 from datablame.errors import UserError
-from datablame.evaluation.bench import result_path, versions
+from datablame.evaluation.bench import result_path
 from datablame.evaluation.cell import MATRICES, Cell, folder_of
 from datablame.evaluation.intervals import interval
 from datablame.evaluation.retraining import half_sets, lds, noise_ceiling, random_rows, retrain, top_rows
@@ -60,7 +61,7 @@ def against_retraining(
     scores = {r: matrices[r] for r in chosen}
     options = {"device": device, "dtype": dtype, "reporter": reporter}
     found = (_removal if kind == "removal" else _lds)(cell, task, scores, work, options)
-    result = {"version": 1, "kind": kind, **vars(cell), **found, "versions": versions()}
+    result = {"version": 1, "kind": kind, **vars(cell), **found, **environment()}
     place = result_path(Path(out), cell)
     place = place.with_name(f"{place.stem}-{kind}.json")
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,31 +1,15 @@
-"""What the experiments' files share: the environment, intervals, writing and reading JSON."""
+"""What the experiments' files share: intervals, writing and reading JSON."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from datablame.environment import environment
 from datablame.errors import UserError
-
-PACKAGES = ("datablame", "torch", "transformers", "peft", "numpy", "scipy")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the machine, in the only words that results use."""
-    import psutil
-    import torch
-
-    cores, gigabytes = psutil.cpu_count(), round(psutil.virtual_memory().total / 2**30)
-    reference = cores == 2 and 22 <= gigabytes <= 24
-    return {
-        "machine": "the reference machine (2 cores, 24 GB)" if reference else f"{cores} cores, {gigabytes} GB",
-        "threads": torch.get_num_threads(),
-        "versions": {p: version(p) for p in PACKAGES},
-    }
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
