@@ -77,6 +77,8 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
         sum(v for k, v in result["seconds"].items() if k != "all"), abs=0.1
     )
     assert set(result["seconds"]) == {"tune", "answers", "features", "scores", "all"}
+    assert result["model"] == model_dir.name  # and no path of this machine
+    assert str(model_dir.parent) not in path.read_text()
     # No features are left, the adapter is.
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     assert {p.name for p in folder.iterdir()} == {
@@ -167,6 +169,59 @@ def test_the_papers_own_fine_tune(model_dir: Path, tmp_path: Path) -> None:
     record = json.loads((folder / "adapter" / "datablame.json").read_text())
     assert record["encoding"]["pad_to"] == 128
     assert record["encoding"]["loss_on"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"recipes": ["sound", "papr"]}, "--recipes 'papr': use sound or paper. Did you mean"),
+        ({"scale": "cpuu"}, "--scale 'cpuu': unknown"),
+        ({"dtype": "float64"}, "--dtype float64: .*the padded view"),
+        ({"sources": {"advbench": "x", "data": None}}, "--advbench: none of tiny takes it"),
+    ],
+)
+def test_bad_options_are_told_before_the_model_is_loaded(
+    tmp_path: Path, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_module, "load", lambda *a: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match=said):
+        run(tmp_path, tmp_path / "out", **options)
+
+
+def test_cells_are_planned_once_and_released_files_when_they_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = bench_module._cells("m", "cpu", ["tiny", "tiny"], [3, 1, 3], ["sound", "paper", "sound"], {})
+    assert [c.name for c in cells] == ["tiny-sound-s3", "tiny-sound-s1", "tiny-paper-s3"]
+    monkeypatch.setattr(bench_module, "takes", lambda name: ["data"] if name.startswith("released") else [])
+    chosen = {c.task for c in bench_module._cells("m", "smoke", None, None, ["sound"], {"data": "dir"})}
+    assert chosen == {*bench_module.SMOKE_TASKS, "released-grammars", "released-math"}
+
+
+def test_a_method_without_finite_scores_fails_alone(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datablame.methods.controls import Random
+
+    monkeypatch.setattr(Random, "score", lambda self, query: torch.full((len(query), self.n), torch.nan))
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25,random")
+    found = json.loads(path.read_text())["results"]
+    assert found["reference"]["random"]["error"] == "24 of 24 scores are not finite."
+    assert "error" not in found["reference"]["bm25"]
+    assert load_results(tmp_path / "out", str(model_dir), "smoke")["tiny"].runs == ["bm25"]
+
+
+def test_a_run_that_failed_on_one_set_of_responses_is_in_no_table() -> None:
+    from datablame.evaluation.results import TaskResults
+
+    result = made(0, 0.5)
+    kinds = result["results"]
+    kinds["generated"] = kinds["reference"] | {"graddot@padded": {"error": "no", "seconds": 0.0}}
+    assert "graddot@padded" not in TaskResults("mixed-small", "sound", [result]).runs
+
+
+def test_a_padded_view_that_is_not_finite_is_told(model_dir: Path, tmp_path: Path) -> None:
+    cell = Cell(str(model_dir), "tiny", "smoke", 0)
+    with pytest.raises(UserError, match=r"row 0 \(id 0\): under the view padded, .* is not finite"):
+        cell_module.run_cell(cell, tiny(), ["bm25"], tmp_path, "sha", dtype="float64")
 
 
 def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Path, tmp_path: Path) -> None:
@@ -311,6 +366,8 @@ def test_retraining_looks_at_the_queries_and_is_kept(
 ) -> None:
     task, cell = tiny(), Cell(str(model_dir), "tiny", "smoke", 0)
     first = retraining.retrain(cell, task, [0, 1, 2, 3], tmp_path, generate=True)
+    asked_less = replace(task, queries=task.queries[:2], groups=task.groups[:2], truth=task.truth[:2], main=("first",))
+    assert retraining.retrain(cell, asked_less, [0, 1, 2, 3], tmp_path).loss.shape == (2,)
     assert first.loss.shape == (4,)
     assert first.behaves.shape == (4,)
     other = retraining.retrain(cell, task, [2, 3, 4, 5], tmp_path)
@@ -332,7 +389,8 @@ def test_methods_are_held_against_retraining(model_dir: Path, tmp_path: Path, mo
     assert list(found["after"]) == ["nothing", *wanted, "chance", "the right rows"]
     assert found["dropped"] == 3
     assert all(len(a["rows"]) == 3 for name, a in found["after"].items() if name != "nothing")
-    full = retraining.retrain(cell, tiny(), range(6), tmp_path / "cache" / "bench", generate=True)
+    assert found["model"] == model_dir.name  # and no path of this machine
+    full = retraining.retrain(cell, tiny(), range(6), tmp_path / "cache" / "retrained" / sha[:16], generate=True)
     assert found["after"]["nothing"]["loss"] == pytest.approx(full.loss[[0, 2]], abs=1e-4)
 
     path = truth.against_retraining(cell, tiny(), sha, "lds", tmp_path / "out")

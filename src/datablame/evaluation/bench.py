@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from datablame.environment import environment
-from datablame.errors import UserError
-from datablame.evaluation.cell import VERSION, Cell, fingerprint, options, run_cell
+from datablame.errors import UserError, nearest
+from datablame.evaluation.cell import RECIPES, VERSION, Cell, fingerprint, options, run_cell
 from datablame.evaluation.suites import Suite, runs
 from datablame.evaluation.tasks import RELEASED, Task, build, names, takes
+from datablame.evaluation.tasks.base import check_scale
 from datablame.evaluation.views import PAD_TO
 from datablame.indexing import SILENT, Reporter, duration
 from datablame.models import ModelSpec, cache_dir, load, load_tokenizer
@@ -63,19 +64,17 @@ def bench(
     fine-tune has not learnt its behaviour.
     """
     wanted = runs(suite, methods)
-    chosen = list(tasks or (SMOKE_TASKS if scale == "smoke" else [n for n in names() if n not in RELEASED]))
-    numbers = list(seeds or SEEDS.get(scale, (0,)))
-    cells = [
-        Cell(model, task, scale, seed, recipe)  # type: ignore[arg-type]
-        for recipe in recipes
-        for seed in (numbers if recipe == "sound" else numbers[:1])
-        for task in chosen
-    ]
-    model_sha256 = load(ModelSpec(model, None, device, dtype)).model_sha256
+    given = {k: v for k, v in (sources or {}).items() if v is not None}
+    check_scale(scale)
+    if dtype == "float64":
+        raise UserError("--dtype float64: attention over padding is not finite in it (the padded view). Use float32.")
+    cells = _cells(model, scale, tasks, seeds, recipes, given)
+    loaded = load(ModelSpec(model, None, device, dtype))
+    model_sha256, on_cpu = loaded.model_sha256, loaded.model.device.type == "cpu"
+    del loaded
     folder = Path(out)
-    plan = _plan(cells, wanted, folder, model_sha256, sources or {})
-    rate = 150.0 if device is None else 2000.0
-    reporter.note(plan.sentence(rate))
+    plan = _plan(cells, wanted, folder, model_sha256, given)
+    reporter.note(plan.sentence(150.0 if on_cpu else 2000.0))
     paths = [result_path(folder, c) for c in cells]
     if dry:
         return paths
@@ -92,6 +91,31 @@ def bench(
     if scale != "smoke":
         _check_learnt([p for p, c in zip(paths, cells, strict=True) if c.recipe == "sound"])
     return paths
+
+
+def _cells(
+    model: str,
+    scale: str,
+    tasks: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    recipes: Sequence[str],
+    sources: dict[str, str],
+) -> list[Cell]:
+    """Each cell once. Raises UserError for an unknown task or recipe, and for a source that no task takes."""
+    default = SMOKE_TASKS if scale == "smoke" else [n for n in names() if n not in RELEASED]
+    chosen = list(dict.fromkeys(tasks or [*default, *(RELEASED if "data" in sources else ())]))
+    if strange := [r for r in recipes if r not in RECIPES]:
+        raise UserError(f"--recipes {strange[0]!r}: use {' or '.join(RECIPES)}.{nearest(strange[0], RECIPES)}")
+    taken = {source for task in chosen for source in takes(task)}
+    if unused := [k for k in sources if k not in taken]:
+        raise UserError(f"--{unused[0]}: none of {', '.join(chosen)} takes it.")
+    numbers = list(dict.fromkeys(SEEDS[scale] if seeds is None else seeds))
+    return [
+        Cell(model, task, scale, seed, recipe)  # type: ignore[arg-type]
+        for recipe in dict.fromkeys(recipes)
+        for seed in (numbers if recipe == "sound" else numbers[:1])
+        for task in chosen
+    ]
 
 
 def _check_learnt(paths: Sequence[Path]) -> None:
@@ -113,7 +137,7 @@ def _plan(
     wanted: Sequence[str],
     out: Path,
     model_sha256: str,
-    sources: dict[str, str | None],
+    sources: dict[str, str],
 ) -> Plan:
     left, finished, tokens = [], 0, 0
     for cell in cells:

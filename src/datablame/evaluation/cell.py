@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of a result file. Another number means that old results are run again."""
+RECIPES = ("sound", "paper")
 PAPER_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST] ' }}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
@@ -64,6 +65,10 @@ class Cell:
     def name(self) -> str:
         """Of its result file."""
         return f"{self.task}-{self.recipe}-s{self.seed}"
+
+    def described(self) -> dict[str, Any]:
+        """For a result file: a model's directory by its name, since the path is of one machine."""
+        return asdict(self) | {"model": Path(self.model).name if Path(self.model).exists() else self.model}
 
 
 def options(cell: Cell, task: Task) -> TuneOptions:
@@ -123,7 +128,9 @@ def run_cell(
     scored = timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in sets})
     keep_matrices(folder / MATRICES, scored["reference"])
     results = {s: {run: measured(task, run, found[run]) for run in runs} for s, found in scored.items()}
-    result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **asdict(cell)}
+    for found in results["generated"].values():
+        found.pop("heat", None)  # pictures are of the reference responses
+    result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, said, stores["reference"]) | {"results": results, "seconds": seconds}
     if not keep:
         for name in stores:

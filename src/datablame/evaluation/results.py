@@ -30,8 +30,8 @@ class TaskResults:
 
     @property
     def runs(self) -> list[str]:
-        """Runs that every seed has finished without an error."""
-        found = [r["results"]["reference"] for r in self.results]
+        """Runs that every seed has finished without an error, on both sets of responses."""
+        found = [kind for r in self.results for kind in r["results"].values()]
         return [run for run in found[0] if all(run in f and "error" not in f[run] for f in found)]
 
     @property

@@ -5,7 +5,7 @@
     lds       linear datamodeling score (Park et al. 2023, TRAK, 2303.14186): over random half-sets, the rank
               correlation of a query's loss after training on the half-set with minus the half-set's summed scores
 
-Every retraining is kept by the digest of its rows, so that no set is trained twice.
+Every retraining is kept by the digest of its rows and queries, so that no set is trained twice.
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ def retrain(
 ) -> Retrained:
     """Train on the rows `kept` (positions) with the cell's recipe, and look at the queries.
 
-    seed: of initialisation and order, by default the cell's. generate: let the queries be answered, too.
+    work: where trainings of this model are kept. seed: of initialisation and order, by default the cell's. generate:
+    let the queries be answered, too.
     """
     if not kept:
         raise UserError("there is nothing to retrain on: every row was dropped.")
     rows = [task.train[i] for i in sorted(kept)]
     recipe = replace(options(cell, task), keep=0, early_stop=0, seed=cell.seed if seed is None else seed)
-    what = json.dumps([cell.model, cell.recipe, str(recipe), [(e.id, e.messages) for e in rows], generate])
-    folder = work / "retrained" / hashlib.sha256(what.encode()).hexdigest()[:24]
+    seen = [[(e.id, e.messages) for e in some] for some in (rows, task.queries)]
+    what = json.dumps([cell.recipe, str(recipe), task.name, task.version, seen, generate])
+    folder = work / hashlib.sha256(what.encode()).hexdigest()[:24]
     done = folder / "result.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -145,6 +147,7 @@ def rank_correlations(a: Float[np.ndarray, "m s"], b: Float[np.ndarray, "m s"]) 
 def noise_ceiling(first: Float[np.ndarray, "count m"], second: Float[np.ndarray, "count m"]) -> Float[np.ndarray, " m"]:
     """Each query's correlation between the losses of the same half-sets under two seeds.
 
-    Against the losses of one seed no method can be expected to do better than about its root.
+    With r this correlation, no method can be expected to do better than about √r against the losses of one seed, and
+    than √(2r/(1 + r)) against the mean of the two (Spearman and Brown).
     """
     return rank_correlations(first.T, second.T)

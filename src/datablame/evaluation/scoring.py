@@ -62,13 +62,22 @@ def score_runs(
         spec, view = split(run)
         start, values, error = time.perf_counter(), None, ""
         try:
-            values = CellInputs(train, queries, view).score(parse(spec))
+            values = _checked(CellInputs(train, queries, view).score(parse(spec)), len(queries), len(train))
         except UserError as e:
             error = str(e)
         out[run] = Scored(values, error, round(time.perf_counter() - start, 2))
         reporter.advance(1)
     reporter.end()
     return out
+
+
+def _checked(values: Matrix, m: int, n: int) -> Matrix:
+    """A method of a user's own may forget the rule that a score is finite: its run fails, and not the cell."""
+    if values.shape != (m, n):
+        raise UserError(f"the scores have the shape {values.shape}, not {m} queries × {n} training rows.")
+    if not np.isfinite(values).all():
+        raise UserError(f"{int((~np.isfinite(values)).sum())} of {values.size} scores are not finite.")
+    return values
 
 
 def measured(task: Task, run: str, scored: Scored) -> dict[str, Any]:

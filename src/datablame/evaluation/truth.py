@@ -50,18 +50,21 @@ def against_retraining(
     runs: for removal those of REMOVED by default, for lds every run of the cell (it costs nothing more).
     Raises UserError when the cell has not been run, or not with one of `runs`.
     """
-    work = cache_dir() / "bench"
-    path = work / folder_of(cell, task, model_sha256) / MATRICES
+    path = cache_dir() / "bench" / folder_of(cell, task, model_sha256) / MATRICES
     if not path.exists():
-        raise UserError(f"{cell.name}: there are no scores yet. Run it first: datablame bench run --tasks {cell.task}.")
+        raise UserError(
+            f"{cell.name}: there are no scores yet. Run it first: datablame bench run --tasks {cell.task} "
+            f"--scale {cell.scale} --seeds {cell.seed}."
+        )
     matrices = read_matrices(path)
     chosen = list(runs or (REMOVED if kind == "removal" else matrices))
     if missing := [r for r in chosen if r not in matrices]:
         raise UserError(f"{cell.name}: no scores of {missing[0]}. Run it first: datablame bench run --methods …")
     scores = {r: matrices[r] for r in chosen}
+    work = cache_dir() / "retrained" / model_sha256[:16]
     options = {"device": device, "dtype": dtype, "reporter": reporter}
     found = (_removal if kind == "removal" else _lds)(cell, task, scores, work, options)
-    result = {"version": 1, "kind": kind, **vars(cell), **found, **environment()}
+    result = {"version": 1, "kind": kind, **cell.described(), **found, **environment()}
     place = result_path(Path(out), cell)
     place = place.with_name(f"{place.stem}-{kind}.json")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +99,7 @@ def _removal(
 def _lds(
     cell: Cell, task: Task, scores: dict[str, np.ndarray[Any, Any]], work: Path, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Half-sets trained under two seeds: the first is the truth, the two together the noise ceiling."""
+    """Half-sets trained under two seeds: their mean loss is the truth, their agreement the noise ceiling."""
     sets = half_sets(len(task.train), HALF_SETS, cell.seed)
     losses = [
         np.stack([retrain(cell, task, np.flatnonzero(s).tolist(), work, seed=seed, **options).loss for s in sets])

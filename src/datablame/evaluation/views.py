@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datablame.encoding import IGNORED, Encoded, padded
+from datablame.errors import UserError
 from datablame.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def capture_views(
     engine: Engine, views: Sequence[str] = CAPTURED
 ) -> Callable[[Sequence[Encoded], Sequence[Example], Reporter], dict[str, Tensor]]:
     """A capture, as `indexing.fill` takes it, of the engine's own features and the gradients of `views`."""
-    from datablame.capture import capture
+    from datablame.capture import NotFinite, capture
 
     pad = int(engine.loaded.tokenizer.eos_token_id)
     as_seen = {"prompt": prompt_only, "padded": lambda row: padded(row, pad, PAD_TO)}
@@ -61,7 +62,14 @@ def capture_views(
         for view in views:
             seen = [as_seen[view](row) for row in rows]
             with eager_attention(engine.loaded.model) if view == "padded" else nullcontext():
-                there = capture(engine.loaded.model, seen, engine.blocks, [], batch_tokens=engine.options.batch_tokens)
+                try:
+                    size = engine.options.batch_tokens
+                    there = capture(engine.loaded.model, seen, engine.blocks, [], batch_tokens=size)
+                except NotFinite as e:
+                    raise UserError(
+                        f"row {examples[e.row].row} (id {examples[e.row].id!r}): under the view {view}, {e.feature} is "
+                        "not finite (NaN or infinity). The padded view needs --dtype float32 or bfloat16."
+                    ) from e
             features |= {f"{view}-{k}": v for k, v in there.items() if k.startswith("gradients/")}
         return features
 
