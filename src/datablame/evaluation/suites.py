@@ -29,17 +29,19 @@ BY_SIDE = (
     "graddot",
     "gradcos",
     "gradcos:over=row",
-    "gradcos:center=1",
+    "gradcos:over=row,center=1",
     "adamdot:center=1,relatif=l",
     "datainf:damping=0.1",
     "lissa:steps=10,damping=0.1",
     "exact-block:damping=0.1",
     "exact:damping=0.1",
+    "exact:damping=0.1,center=1,relatif=l",
     "exact:damping=10.0",
 )
 SOUND = (
     *(f"{method}@{side}" for method in BY_SIDE for side in SIDES),
     "repsim:layer=last,text=prompt",
+    "repsim:layer=last,text=response,token=last",
     "repsim:layer=last,text=response",
     "repsim:layer=middle,text=prompt",
     "repsim:layer=middle,text=response",
@@ -57,23 +59,27 @@ CONTROLS = (
 """Run with either suite."""
 
 LADDER = (
-    ("as released", "graddot@padded"),
+    ("padding and prompt in the loss, as released", "graddot@padded"),
     ("padding out of the loss", "graddot@all"),
     ("prompt out of the loss", "graddot@response"),
-    ("cosine", "gradcos@response"),
-    ("centred", "gradcos:center=1@response"),
+    ("cosine", "gradcos:over=row@response"),
+    ("centred", "gradcos:over=row,center=1@response"),
     ("Adam-scaled", "adamdot:center=1,relatif=l@response"),
-    ("damped exact solve", "exact:damping=0.1@response"),
+    ("exact inverse in place of Adam's scale", "exact:damping=0.1,center=1,relatif=l@response"),
 )
-"""From the paper's gradient similarity to the sound protocol, one step at a time."""
+"""From the paper's gradient similarity to the sound protocol, one step at a time, on rows rendered as in the fine-tune.
+
+The last two divide by the training row's length in their own metric (ℓ-RelatIF). A cosine divides by the query's too,
+which changes no ranking.
+"""
 REPSIM_LADDER = (
-    ("as released", "repsim:layer=last,text=prompt"),
-    ("with the response", "repsim:layer=last,text=response"),
+    ("last layer, last token of the prompt, as released", "repsim:layer=last,text=prompt"),
+    ("last token of the response", "repsim:layer=last,text=response,token=last"),
+    ("mean over the response", "repsim:layer=last,text=response"),
     ("middle layer", "repsim:layer=middle,text=response"),
     ("base model", "repsim-base:layer=middle,text=response"),
     ("BM25", "bm25:text=both"),
 )
-
 FIGURE = (
     "graddot@padded",
     "datainf:damping=0.1@padded",
