@@ -332,6 +332,9 @@ def test_tables_count_the_main_group_and_mark_what_is_significant() -> None:
     assert table[1][1].endswith("R+ B+")
     assert paper_rows("table4", found) == [["not run yet"]]
     assert "0.75" in markdown(ladder_rows(found))
+    results.results[0]["results"]["reference"]["lissa@padded"] = {"error": "it diverges"}
+    assert results.failed == {"lissa@padded": "it diverges"}
+    assert "lissa@padded" not in results.runs
     results.results[0]["learnt"]["learnt"] = False
     assert "behaviour not learnt" in paper_rows("table2", found)[0][1]
 

@@ -35,6 +35,12 @@ class TaskResults:
         return [run for run in found[0] if all(run in f and "error" not in f[run] for f in found)]
 
     @property
+    def failed(self) -> dict[str, str]:
+        """`{run: why}` of those that at least one seed has not finished."""
+        sets = [found for r in self.results for found in r["results"].values()]
+        return {run: v["error"] for found in sets for run, v in found.items() if "error" in v}
+
+    @property
     def learnt(self) -> bool:
         """Was the behaviour learnt under every seed?"""
         return all(r["learnt"]["learnt"] for r in self.results)

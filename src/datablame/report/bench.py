@@ -64,5 +64,6 @@ def _task(results: TaskResults) -> dict[str, Any]:
         "leak": [r["leak"] for r in results.results],
         "base": results.seeds(BASE, "auroc") if BASE in results.runs else [],
         "learnt": [r["learnt"] for r in results.results],
+        "failed": results.failed,
         "tables": tables,
     }
