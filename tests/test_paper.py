@@ -522,6 +522,7 @@ def test_tables_and_figures_are_drawn_from_the_cells(
 
     class Loaded:
         model_sha256 = "sha"
+        model = torch.empty(0)  # on a device
 
     monkeypatch.setattr(bench_module, "run_cell", made)
     monkeypatch.setattr(bench_module, "load", lambda spec: Loaded)
