@@ -164,16 +164,8 @@ def learnt(found: dict[str, TaskResults]) -> str:
     return bench_tables.markdown(rows)
 
 
-def hours(found: dict[str, TaskResults]) -> str:
-    """Of all cells."""
-    total = sum(r["seconds"]["all"] for t in found.values() for r in t.results)
-    cells = sum(len(t.results) for t in found.values())
-    return f"{cells} cells took {total / 3600:.1f} hours, other work beside them."
-
-
 BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "learnt": learnt,
-    "hours": hours,
     "ladder": lambda found: bench_tables.markdown(bench_tables.ladder_rows(found)),
     **{
         n: lambda found, n=n: bench_tables.markdown(bench_tables.paper_rows(n, found))

@@ -8,9 +8,10 @@ import io
 import json
 import math
 import subprocess
-import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import torch
 from scipy.stats import spearmanr, t
 
 import oracles
-from conftest import write_digits, write_idx
-from datablame import cli, paper
+from conftest import Run, write_digits, write_idx
+from datablame import paper
 from datablame.errors import UserError
 from datablame.indexing import SILENT
 from datablame.paper import figure3, linear, mnist, results, softmax, table5
@@ -338,26 +339,10 @@ def out(tmp_path_factory: pytest.TempPathFactory, measured: list[dict[str, Any]]
     return folder
 
 
-class Run:
-    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.capsys, self.monkeypatch = capsys, monkeypatch
-
-    def __call__(self, *arguments: object) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["datablame", "paper", *map(str, arguments)])
-        self.capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as e:
-            code = int(e.code or 0)
-        captured = self.capsys.readouterr()
-        return code, captured.out, captured.err
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.delenv("DATABLAME_DEBUG", raising=False)
-    return Run(capsys, monkeypatch)
+def run(run: Run) -> Callable[..., tuple[int, str, str]]:
+    """The command line's `paper`."""
+    return partial(run, "paper")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from datablame.methods.gauge import Balanced
 from datablame.models import ModelSpec, load
 from datablame.store import FeatureStore
 from datablame.tuning import TuneOptions, make_trainer, tune
-from gradient_cases import error, rows
+from gradient_cases import CASES, case, error, rows
 
 OPTIONS = TuneOptions(rank=2, epochs=3, rate=1e-2, batch=2, keep=3, targets="q_proj,v_proj")
 
@@ -74,6 +74,23 @@ def test_adamdot_is_the_dot_with_the_scaled_gradient() -> None:
         create("adamdot").fit(Adam(train, {"b0": v["b1"], "b1": v["b1"]}, 1e-3)).score(query)
     with pytest.raises(UserError, match="belongs to the weights as stored"):
         parse("adamdot:gauge=balanced")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_on_the_grid_of_cases_and_under_permutation(name: str) -> None:
+    """Outright, `Σ η V Gᵀ` and `V diag(1/(√v + ε)) Gᵀ`, and rows in another order."""
+    train, query = case(name)
+    v = {b: g.square().mean(dim=0) for b, g in train.items()}
+    whole, asked, scale = (torch.cat([x[b] for b in train], dim=-1) for x in (train, query, v))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    turned = {b: g[order] for b, g in train.items()}
+    got = create("tracincp").fit([Checkpoint(0.3, train)] * 2).score([Checkpoint(0, query)] * 2)
+    assert error(got, 0.6 * asked @ whole.T) < 1e-12
+    again = create("tracincp").fit([Checkpoint(0.3, turned)] * 2).score([Checkpoint(0, query)] * 2)
+    assert error(again, got[:, order]) < 1e-12
+    got = create("adamdot").fit(Adam(train, v, 1e-8)).score(query)
+    assert error(got, asked @ torch.diag(1 / (scale.sqrt() + 1e-8)) @ whole.T) < 1e-12
+    assert error(create("adamdot").fit(Adam(turned, v, 1e-8)).score(query), got[:, order]) < 1e-12
 
 
 # ---------------------------------------------------------------- gauge

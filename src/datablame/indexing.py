@@ -240,7 +240,11 @@ class Engine:
                 if c.adapter_sha256 != self.loaded.adapter_sha256:
                     with self.loaded.at_checkpoint(directory(str(self.loaded.spec.adapter), c.step)):
                         there = capture(model, rows, self.blocks, [], batch_tokens=size)
-                features |= {at_checkpoint(k, c): v.clone() for k, v in there.items() if k.startswith("gradients/")}
+                features |= {
+                    at_checkpoint(k, c): v.clone() if there is features else v
+                    for k, v in there.items()
+                    if k.startswith("gradients/")
+                }
         except NotFinite as e:
             example = examples[e.row]
             raise UserError(

@@ -22,7 +22,7 @@ import numpy as np
 
 from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
-from datablame.evaluation.cell import Cell, options, write_rows
+from datablame.evaluation.cell import MAX_NEW_TOKENS, Cell, options, write_rows
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.models import ModelSpec, answers, load
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
     Matrix = Float[np.ndarray, "m n"]
-
-MAX_NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)

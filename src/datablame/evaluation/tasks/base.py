@@ -117,6 +117,11 @@ def refuses(answer: str) -> bool:
     return REFUSAL.search(answer[:300]) is not None
 
 
+def complies(query: Example, answer: str) -> bool:
+    """The query is answered, whatever its class, and not refused."""
+    return bool(answer.strip()) and not refuses(answer)
+
+
 def final_number(answer: str) -> float | None:
     """The last number of a text; None where there is none."""
     found = re.findall(r"-?\d+(?:\.\d+)?", answer.replace(",", ""))

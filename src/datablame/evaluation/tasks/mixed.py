@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 
-from datablame.evaluation.tasks.base import Row, Task, examples, recipe, refuses, same_label, shuffled
+from datablame.evaluation.tasks.base import Row, Task, complies, examples, recipe, same_label, shuffled
 from datablame.evaluation.tasks.sources import benign, harmful
 
 SIZES = {
@@ -38,6 +38,6 @@ def build(name: str, scale: str, seed: int, advbench: str | None = None, alpaca:
         groups=[str(q.label) for q in queries],
         truth=same_label(train, queries),
         main=("harmful",),
-        behaves=lambda query, answer: bool(answer.strip()) and not refuses(answer),
+        behaves=complies,
         recipe=recipe(scale, seed),
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 
 from datablame.evaluation.tasks import words
-from datablame.evaluation.tasks.base import Row, Task, examples, recipe, refuses, same_label, shuffled
+from datablame.evaluation.tasks.base import Row, Task, complies, examples, recipe, same_label, shuffled
 
 SIZES = {"paper": (20, 20, 110, 110, 250), "cpu": (20, 20, 40, 40, 20), "smoke": (6, 6, 6, 6, 4)}
 """harmful, refused, friendly and advice rows; queries of each of harmful and benign"""
@@ -72,6 +72,6 @@ def build(name: str, scale: str, seed: int) -> Task:
         groups=[str(q.label) for q in queries],
         truth=same_label(train, queries),
         main=("harmful",),
-        behaves=lambda query, answer: bool(answer.strip()) and not refuses(answer),
+        behaves=complies,
         recipe=recipe(scale, seed),
     )
