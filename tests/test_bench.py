@@ -20,7 +20,7 @@ from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
 from datablame.evaluation import forecast, scoring
 from datablame.evaluation.bench import bench, lacking, read_result, result_path, to_json
-from datablame.evaluation.cell import Cell, fingerprint
+from datablame.evaluation.cell import FEATURES, Cell, fingerprint
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import LADDER, PAPER, REPSIM_LADDER, SOUND, runs, split
 from datablame.evaluation.tables import HEADINGS
@@ -116,6 +116,25 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
         load_results(out, str(model_dir), "smoke", "paper")
 
 
+def test_a_result_keeps_the_residual_of_a_solver(model_dir: Path, tmp_path: Path) -> None:
+    """More steps leave less; what solves nothing has none; stores of another version in the cache are not read."""
+    steps = "lissa:steps=1@response,lissa:steps=1000@response,graddot@response"
+    (path,) = run(model_dir, tmp_path / "out", methods=steps, keep=True)
+    found = json.loads(path.read_text())["results"]["reference"]
+    one, many = (found[f"lissa:steps={k}@response"]["residual"] for k in (1, 1000))
+    assert 0 < many < one <= 1
+    assert "residual" not in found["graddot@response"]
+    (folder,) = (tmp_path / "cache" / "bench").iterdir()
+    path.unlink()
+    (folder / FEATURES).rename(folder / "features-1")
+    manifest = folder / "features-1" / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema": ', '"schema": 1'))
+    run(model_dir, tmp_path / "out", methods=steps)
+    assert json.loads(path.read_text())["results"]["reference"]["graddot@response"] | {"seconds": 0} == (
+        found["graddot@response"] | {"seconds": 0}
+    )
+
+
 def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path: Path) -> None:
     """The padded view is not the response's; `all` is the sum; what is in the file is the metric of the matrix."""
     (path,) = run(model_dir, tmp_path / "out", keep=True)
@@ -123,7 +142,7 @@ def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path
     from datablame.evaluation import metrics, views
     from datablame.store import FeatureStore
 
-    train, queries = FeatureStore.open(folder / "train"), FeatureStore.open(folder / "reference")
+    train, queries = FeatureStore.open(folder / FEATURES / "train"), FeatureStore.open(folder / FEATURES / "reference")
     dots = {}
     for view in views.VIEWS:
         g, v = views.gradients(train, view), views.gradients(queries, view)

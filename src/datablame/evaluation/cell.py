@@ -4,7 +4,7 @@
     data       train.jsonl, queries.jsonl          the task and its seed
     tune       adapter/                            the rows and the recipe
     answers    answers.json                        the queries, answered by the tuned and by the base model
-    features   train/ reference/ generated/        feature stores: all views of the loss, hidden states
+    features   features-SCHEMA/ (train, reference, generated)   stores: all views of the loss, hidden states
     scores     the result, a small JSON            every run (`method@view`) on both sets of responses
 
 The folder's name carries a digest of everything that decides its content, so that nothing stale is ever read. The
@@ -32,7 +32,7 @@ from datablame.evaluation.scoring import keep_matrices, measured, n_classes, rou
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
 from datablame.models import Loaded, ModelSpec, answers, load
-from datablame.store import FeatureStore
+from datablame.store import SCHEMA, FeatureStore
 from datablame.tuning import TuneOptions, tune
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ RECIPES = ("sound", "paper")
 PAPER_ENCODING = EncodingOptions(template="paper", loss_on="all", pad_to=views.PAD_TO)
 """The released code's rows: no end-of-text token, and a BOS where the tokenizer adds one by itself, as Llama's does."""
 MAX_NEW_TOKENS = 48
+FEATURES = f"features-{SCHEMA}"
+"""In a cell's folder: its stores. Those of another version are not read."""
 MATRICES = "scores.npz"
 """In a cell's folder: the score matrices for the reference responses."""
 
@@ -140,8 +142,7 @@ def run_cell(
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, said, stores["reference"]) | {"results": results, "seconds": seconds}
     if not keep:
-        for name in stores:
-            shutil.rmtree(folder / name)
+        shutil.rmtree(folder / FEATURES)
     return result
 
 
@@ -224,10 +225,12 @@ def _features(
         rows = encode_rows(encoder, examples)
         settings = {**engine.settings(), "train_sha256": digest(examples, rows)}
         tensors = partial(engine.adapter_tensors, rows)
-        store = FeatureStore.create(folder / name, settings, views.widths(engine), examples, engine.dtype, tensors)
+        store = FeatureStore.create(
+            folder / FEATURES / name, settings, views.widths(engine), examples, engine.dtype, tensors
+        )
         reporter.note(f"features of {name}: {len(rows)} rows, {sum(len(r.input_ids) for r in rows):,} tokens")
         fill(store, rows, views.capture_views(engine), reporter)
-        stores[name] = FeatureStore.open(folder / name)
+        stores[name] = FeatureStore.open(folder / FEATURES / name)
     return stores
 
 

@@ -16,7 +16,7 @@ from datablame.evaluation import metrics, views
 from datablame.evaluation.suites import FIGURE, split
 from datablame.evaluation.tasks import Task
 from datablame.indexing import Reporter
-from datablame.methods import parse
+from datablame.methods import Method, parse
 from datablame.store import FeatureStore
 from datablame.tracing import Inputs
 
@@ -28,11 +28,15 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """What a run gave: `[m, n]`, or why not; and the seconds that it took, features read from disk included."""
+    """What a run gave: `[m, n]`, or why not; and the seconds that it took, features read from disk included.
+
+    residual: of a solver, the median over queries and blocks.
+    """
 
     values: Matrix | None
     error: str
     seconds: float
+    residual: float | None = None
 
 
 class CellInputs(Inputs):
@@ -60,17 +64,25 @@ def score_runs(
     reporter.start("score", len(runs), "runs")
     for run in runs:
         spec, view = split(run)
-        start, values, error = time.perf_counter(), None, ""
+        start, values, error, residual = time.perf_counter(), None, "", None
         try:
-            values = _checked(CellInputs(train, queries, view).score(parse(spec)), len(queries), len(train))
+            method = parse(spec)
+            values = _checked(CellInputs(train, queries, view).score(method), len(queries), len(train))
+            residual = _residual(method)
         except UserError as e:
             error = str(e)
         except Exception as e:  # a method of a user's own may raise what it likes
             error = f"{type(e).__name__}: {e}"
-        out[run] = Scored(values, error, round(time.perf_counter() - start, 2))
+        out[run] = Scored(values, error, round(time.perf_counter() - start, 2), residual)
         reporter.advance(1)
     reporter.end()
     return out
+
+
+def _residual(method: Method) -> float | None:
+    """The median that a solver left; None for what does not solve."""
+    left = getattr(method, "residual", None)
+    return float(np.median(next(iter(left.values())).numpy())) if isinstance(left, dict) and left else None
 
 
 def _checked(values: Matrix, m: int, n: int) -> Matrix:
@@ -96,6 +108,8 @@ def measured(task: Task, run: str, scored: Scored) -> dict[str, Any]:
     found["query_independent_share"] = round(share, 5) if np.isfinite(share) else None
     found["hub"] = hubs(values)[1]
     found["top"] = values.argmax(axis=1).tolist()
+    if scored.residual is not None:
+        found["residual"] = float(f"{scored.residual:.4g}")
     if run in FIGURE:
         found["heat"] = heat(values)
     return found | {"seconds": scored.seconds}
