@@ -72,6 +72,7 @@ def tune(
     validation: Annotated[str | None, typer.Option(help="Rows to measure the validation loss on.")] = None,
     early_stop: Annotated[int, typer.Option(help="Stop after so many epochs without improvement; 0: never.")] = 0,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep, of the last epochs; 0: none.")] = 0,
+    snapshots: Annotated[int, typer.Option(help="More checkpoints, at so many log-spaced steps; 0: none.")] = 0,
     template: Template = None,
     system: System = None,
     loss_on: LossOn = None,
@@ -91,7 +92,7 @@ def tune(
     from datablame.tuning import tune as run
 
     _quiet()
-    options = TuneOptions(rank, alpha, dropout, targets, layers, epochs, rate, batch, seed, early_stop, keep)
+    options = TuneOptions(rank, alpha, dropout, targets, layers, epochs, rate, batch, seed, early_stop, keep, snapshots)
     record = run(
         model,
         train,

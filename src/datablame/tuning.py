@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ class TuneOptions:
 
     early_stop: stop after so many evaluations without a lower validation loss (0 = never).
     keep: the last checkpoints that led to the adapter, one an epoch, each with adapter and optimizer state (0 = none).
+    snapshots: so many more on the way, at log-spaced steps from the first to the last. Saving changes no weight, so
+        `repr` and `decisive`, by which results are told apart, leave it out.
     """
 
     rank: int = 8
@@ -40,6 +42,12 @@ class TuneOptions:
     seed: int = 0
     early_stop: int = 0
     keep: int = 0
+    snapshots: int = field(default=0, repr=False)
+
+
+def decisive(options: TuneOptions) -> dict[str, Any]:
+    """The options as results record them, without `snapshots`."""
+    return {k: v for k, v in asdict(options).items() if k != "snapshots"}
 
 
 def tune(
@@ -84,19 +92,21 @@ def tune(
         "history": history,
         "rates": rates,
     }
-    return write_adapter(trainer, loaded, out, record, options.keep)
+    return write_adapter(trainer, loaded, out, record, options)
 
 
 def write_adapter(
-    trainer: SFTTrainer, loaded: Loaded, out: Path, record: dict[str, Any], keep: int = 0
+    trainer: SFTTrainer, loaded: Loaded, out: Path, record: dict[str, Any], options: TuneOptions
 ) -> dict[str, Any]:
-    """Write adapter, tokenizer and record (with the order of parameters), and keep so many checkpoints."""
+    """Write adapter, tokenizer and record (with the order of parameters), and keep the checkpoints of the recipe."""
     record = {**record, "parameters": _parameters(trainer)}
     trainer.save_model(str(out))
     loaded.tokenizer.save_pretrained(out)
     _name_base_model(out / "adapter_config.json", record["model"])
     best = trainer.state.best_model_checkpoint
-    _tidy(out, keep, _step(Path(best)) if best else None)
+    epochs = [int(h["step"]) for h in trainer.state.log_history if "loss" in h]
+    wanted = (epochs, snapshot_steps(options.snapshots, trainer.state.max_steps))
+    _tidy(out, options.keep, wanted, _step(Path(best)) if best else None)
     for folder in [out, *out.glob("checkpoint-*")]:
         (folder / TRAINING_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
@@ -110,17 +120,31 @@ def _parameters(trainer: SFTTrainer) -> list[str]:
     return [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
 
 
-def _tidy(out: Path, keep: int, best: int | None) -> None:
-    """Drop what the trainer leaves and nobody reads: checkpoints beyond `keep`, pickles, model cards with paths.
+def snapshot_steps(count: int, last: int) -> list[int]:
+    """So many different steps from 1 to the last, log-spaced as far as whole numbers go; one alone is the last."""
+    if count <= 1:
+        return [last] * count
+    steps = [1]
+    while (left := min(count, last) - len(steps)) > 0:
+        factor = (last / steps[-1]) ** (1 / left)
+        steps.append(max(round(steps[-1] * factor), steps[-1] + 1))
+    return steps
 
+
+def _tidy(out: Path, keep: int, wanted: tuple[Sequence[int], Sequence[int]], best: int | None) -> None:
+    """Drop what the trainer leaves and nobody reads: checkpoints not asked for, pickles, model cards with paths.
+
+    wanted: the steps at the ends of epochs, of which the last `keep` stay, and those of snapshots.
     best: the step whose weights became the adapter's, where the training went on after it: later ones did not make it.
     `out` was empty before the training, so that nothing of the user's is in reach.
     """
-    checkpoints = sorted(out.glob("checkpoint-*"), key=_step)
-    kept = [c for c in checkpoints if best is None or _step(c) <= best][-keep:] if keep else []
-    for checkpoint in set(checkpoints) - set(kept):
-        shutil.rmtree(checkpoint)
-    for folder in [out, *kept]:
+    made = sorted(_step(c) for c in out.glob("checkpoint-*"))
+    led = [s for s in made if best is None or s <= best]
+    epochs = [s for s in led if s in wanted[0]]
+    kept = {*(epochs[-keep:] if keep else []), *(s for s in led if s in wanted[1])}
+    for step in set(made) - kept:
+        shutil.rmtree(out / f"checkpoint-{step}")
+    for folder in [out, *out.glob("checkpoint-*")]:
         for name in ("training_args.bin", "README.md"):
             (folder / name).unlink(missing_ok=True)
 
@@ -157,10 +181,9 @@ def check_options(out: Path, options: TuneOptions, validation: str | Path | None
     for name in ("rank", "alpha", "epochs", "rate", "batch"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name} {getattr(options, name)}: must be more than 0.")
-    if options.keep < 0:
-        raise UserError(f"--keep {options.keep}: a whole number from 0.")
-    if options.seed < 0:
-        raise UserError(f"--seed {options.seed}: a whole number from 0.")
+    for name in ("keep", "snapshots", "seed"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} {getattr(options, name)}: a whole number from 0.")
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout {options.dropout}: from 0 up to, but not, 1.")
 
@@ -278,6 +301,8 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
 
     cpu = loaded.model.device.type == "cpu"
     saves = options.keep > 0 or options.early_stop > 0
+    # Early stopping is told of the best epoch only so many epochs later, and those are dropped in the end.
+    limit = max(options.keep + options.early_stop * bool(options.keep), 1) if saves else None
     return SFTConfig(
         output_dir=str(out),
         num_train_epochs=options.epochs,
@@ -293,8 +318,7 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
         packing=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="epoch" if saves else "no",
-        # Early stopping is told of the best epoch only so many epochs later, and those are dropped in the end.
-        save_total_limit=max(options.keep + options.early_stop * bool(options.keep), 1) if saves else None,
+        save_total_limit=None if options.snapshots else limit,  # the oldest go first, whichever they are
         eval_strategy="epoch" if validates else "no",
         load_best_model_at_end=options.early_stop > 0,
         metric_for_best_model="eval_loss" if options.early_stop else None,
@@ -330,5 +354,13 @@ def _callbacks(options: TuneOptions, reporter: Reporter, rates: list[float]) -> 
                 if logs and key in logs:
                     reporter.note(f"epoch {logs.get('epoch', 0):.0f}: {what} loss {float(logs[key]):.4f}")
 
+    class Snapshots(TrainerCallback):
+        """Saves at log-spaced steps."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Is this one of them?"""
+            if state.global_step in snapshot_steps(options.snapshots, state.max_steps):
+                control.should_save = True
+
     stop = [EarlyStoppingCallback(options.early_stop)] if options.early_stop else []
-    return [Progress(), *stop]
+    return [Progress(), *([Snapshots()] if options.snapshots else []), *stop]

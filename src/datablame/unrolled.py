@@ -93,7 +93,9 @@ def unroll(
             raise
         values = _backward(problem, recipe, trajectory, task, trainer.model, reporter)
     record = {k: settings[k] for k in ("model", "model_sha256", "options", "encoding")}
-    write_adapter(trainer, loaded, out / "adapter", {**record, "history": moments, "rates": list(recipe.rates)})
+    write_adapter(
+        trainer, loaded, out / "adapter", {**record, "history": moments, "rates": list(recipe.rates)}, options
+    )
     scores = Scores({METHOD: values.numpy()}, task.queries, task.train, settings, controls=_controls(task))
     trajectory.remove()
     return scores
@@ -105,8 +107,8 @@ def _check(out: Path, options: TuneOptions, batch_tokens: int) -> None:
     check_options(out / "adapter", options)
     if options.dropout:
         raise UserError(f"--dropout {options.dropout}: a run with dropout cannot be replayed; use 0.")
-    if options.early_stop or options.keep:
-        raise UserError("unroll: early_stop and keep must be 0; the whole run is replayed.")
+    if options.early_stop or options.keep or options.snapshots:
+        raise UserError("unroll: early_stop, keep and snapshots must be 0; the whole run is replayed.")
     if batch_tokens < 1:
         raise UserError(f"--batch-tokens {batch_tokens}: at least 1.")
 
