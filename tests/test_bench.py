@@ -18,7 +18,7 @@ from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
-from datablame.evaluation import forecast, scoring
+from datablame.evaluation import finetunes, forecast, scoring
 from datablame.evaluation.bench import bench, lacking, read_result, result_path, to_json
 from datablame.evaluation.cell import FEATURES, Cell, fingerprint
 from datablame.evaluation.results import load_results
@@ -82,17 +82,18 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
     assert set(result["seconds"]) == {"tune", "answers", "features", "scores", "all"}
     assert result["model"] == model_dir.name  # and no path of this machine
     assert str(model_dir.parent) not in path.read_text()
-    # No features are left, the adapter is.
+    # No features are left; the adapter is with all other fine-tunes, with its checkpoints.
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     assert {p.name for p in folder.iterdir()} == {
         "train.jsonl",
         "queries.jsonl",
-        "adapter",
         "answers.json",
         "scores.npz",
         "seconds.json",
         "lock",
     }
+    (tuned,) = (tmp_path / "cache" / "finetunes").iterdir()
+    assert finetunes.snapshots(tuned / "adapter")
 
     # A second call runs nothing; a new method runs alone, and keeps the others.
     monkeypatch.setattr(bench_module, "run_cell", lambda *a, **k: pytest.fail("the cell was run again"))
@@ -171,7 +172,7 @@ def test_an_interrupted_cell_goes_on(model_dir: Path, tmp_path: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             run(model_dir, tmp_path / "resumed")
     with monkeypatch.context() as m:  # neither trained nor answered again
-        m.setattr(cell_module, "tune", broken)
+        m.setattr(finetunes, "tune", broken)
         m.setattr(cell_module, "answers", broken)
         resumed = json.loads(run(model_dir, tmp_path / "resumed")[0].read_text())
     for kind in ("reference", "generated"):
@@ -188,10 +189,9 @@ def test_the_papers_own_fine_tune(model_dir: Path, tmp_path: Path) -> None:
     sound, paper = (json.loads(p.read_text()) for p in paths)
     assert paper["recipe_options"]["batch"] == 32
     assert paper["fingerprint"] != sound["fingerprint"]
-    (folder,) = (tmp_path / "cache" / "bench").glob("tiny-paper-*")
-    record = json.loads((folder / "adapter" / "datablame.json").read_text())
-    assert record["encoding"]["pad_to"] == 128
-    assert record["encoding"]["loss_on"] == "all"
+    records = [json.loads(p.read_text()) for p in (tmp_path / "cache" / "finetunes").glob("*/adapter/datablame.json")]
+    encodings = sorted((r["encoding"]["pad_to"] or 0, r["encoding"]["loss_on"]) for r in records)
+    assert encodings == [(0, "response"), (128, "all")]
 
 
 @pytest.mark.parametrize(

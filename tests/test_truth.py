@@ -64,22 +64,22 @@ def test_top_rows_are_those_that_the_group_ranks_highest() -> None:
 def test_a_training_looks_at_the_queries_and_is_kept(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = retraining.retrain(job(model_dir, [0, 1, 2, 3], generate=True), tmp_path)
+    first = retraining.retrain(job(model_dir, [0, 1, 2, 3], generate=True), tmp_path, model_sha256="sha")
     assert first is not None
     assert first.loss.shape == first.behaves.shape == (4,)
     t = tiny()
     asked_less = replace(t, queries=t.queries[:2], groups=t.groups[:2], truth=t.truth[:2], main=("first",))
-    less = retraining.retrain(job(model_dir, [0, 1, 2, 3], task=asked_less), tmp_path)
-    other = retraining.retrain(job(model_dir, [2, 3, 4, 5]), tmp_path)
-    reseeded = retraining.retrain(job(model_dir, [0, 1, 2, 3], seed=1), tmp_path)
+    less = retraining.retrain(job(model_dir, [0, 1, 2, 3], task=asked_less), tmp_path, model_sha256="sha")
+    other = retraining.retrain(job(model_dir, [2, 3, 4, 5]), tmp_path, model_sha256="sha")
+    reseeded = retraining.retrain(job(model_dir, [0, 1, 2, 3], seed=1), tmp_path, model_sha256="sha")
     assert less is not None
     assert other is not None
     assert reseeded is not None
     np.testing.assert_allclose(less.loss, first.loss[:2], rtol=1e-4)  # the same training, seen in other batches
     assert not np.allclose(first.loss, other.loss)
     assert not np.allclose(first.loss, reseeded.loss)
-    monkeypatch.setattr(retraining, "tune", lambda *a, **k: pytest.fail("trained again"))
-    again = retraining.retrain(job(model_dir, [3, 2, 1, 0], generate=True), tmp_path)
+    monkeypatch.setattr(retraining, "fine_tuned", lambda *a, **k: pytest.fail("trained again"))
+    again = retraining.retrain(job(model_dir, [3, 2, 1, 0], generate=True), tmp_path, model_sha256="sha")
     assert again is not None
     assert (again.loss == first.loss).all()
     with pytest.raises(UserError, match="every row was dropped"):
@@ -89,7 +89,7 @@ def test_a_training_looks_at_the_queries_and_is_kept(
 def quick(trained: list[tuple[int, ...]], seconds: float = 0.0) -> Any:
     """In place of a training: its loss is a sum over the kept rows."""
 
-    def train(job: Job, folder: Path, device: object, dtype: object) -> None:
+    def train(job: Job, folder: Path, model_sha256: str, device: object, dtype: object) -> None:
         trained.append((job.seed, *job.kept))
         time.sleep(seconds)
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,10 @@ def test_two_processes_share_the_trainings(tmp_path: Path, monkeypatch: pytest.M
     jobs = [job(tmp_path, [0, k], seed=s) for s in (0, 1) for k in range(1, 6)]
     done: list[list[Job]] = [[], []]
     at_work = [
-        threading.Thread(target=lambda d=d: d.extend(retraining.retrain_all(jobs, tmp_path / "work"))) for d in done
+        threading.Thread(
+            target=lambda d=d: d.extend(retraining.retrain_all(jobs, tmp_path / "work", model_sha256="sha"))
+        )
+        for d in done
     ]
     for thread in at_work:
         thread.start()
@@ -126,8 +129,8 @@ def test_a_training_that_another_process_does_comes_last_and_is_waited_for(
     jobs = [job(tmp_path, [k]) for k in range(3)]
     lock = FileLock(jobs[0].folder(tmp_path).with_suffix(".lock"))
     with lock:
-        assert retraining.retrain(jobs[0], tmp_path, wait=False) is None
-        order = retraining.retrain_all(jobs, tmp_path)
+        assert retraining.retrain(jobs[0], tmp_path, model_sha256="sha", wait=False) is None
+        order = retraining.retrain_all(jobs, tmp_path, model_sha256="sha")
         assert [next(order), next(order)] == jobs[1:]
         assert trained == [(0, 1), (0, 2)]
     # The other one ended without a result: the one that waited takes it up.
@@ -379,7 +382,7 @@ def test_what_was_found_is_read_back_as_it_was(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(retraining, "_train", quick([]))
     one = job(tmp_path, [1, 2])
     assert one.found(tmp_path) is None
-    got = retraining.retrain(one, tmp_path)
+    got = retraining.retrain(one, tmp_path, model_sha256="sha")
     assert isinstance(got, Retrained)
     assert got.loss.tolist() == [3.0, 3.1, 3.2, 3.3]
     assert got.behaves.dtype == bool

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from datablame.environment import environment
 from datablame.errors import UserError, nearest
@@ -18,6 +15,7 @@ from datablame.evaluation.suites import Suite, runs
 from datablame.evaluation.tasks import RELEASED, build, names, takes
 from datablame.evaluation.tasks.base import check_scale
 from datablame.indexing import SILENT, Reporter, duration
+from datablame.locks import alone
 from datablame.models import ModelSpec, cache_dir, load
 
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "paper": (0, 1, 2)}
@@ -84,25 +82,6 @@ def bench(
     if scale != "smoke":
         _check_learnt([p for p, c in zip(paths, cells, strict=True) if c.recipe == "sound"])
     return paths
-
-
-@contextmanager
-def alone(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Is this the one process that holds the lock? A second one takes other work, so that two share it.
-
-    wait: until the other one is done; then always True.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def _command(cell: Cell, sources: dict[str, str]) -> str:

@@ -2,13 +2,13 @@
 
     stage      in the cell's folder                made of
     data       train.jsonl, queries.jsonl          the task and its seed
-    tune       adapter/                            the rows and the recipe
+    tune       (finetunes/, see finetunes.py)      the rows and the recipe
     answers    answers.json                        the queries, answered by the tuned and by the base model
     features   features-SCHEMA/ (train, reference, generated)   stores: all views of the loss, hidden states
     scores     the result, a small JSON            every run (`method@view`) on both sets of responses
 
 The folder's name carries a digest of everything that decides its content, so that nothing stale is ever read. The
-stores are deleted once the result is written; the adapter is kept.
+stores are deleted once the result is written; the fine-tune, which others may need too, is kept.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import numpy as np
 
 from datablame.encoding import Encoding, EncodingOptions, encode_rows
 from datablame.evaluation import metrics, views
+from datablame.evaluation.finetunes import fine_tuned
 from datablame.evaluation.leak import lexical_leak
 from datablame.evaluation.scoring import keep_matrices, measured, n_classes, rounded, score_runs
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
 from datablame.models import Loaded, ModelSpec, answers, load
 from datablame.store import SCHEMA, FeatureStore
-from datablame.tuning import TuneOptions, tune
+from datablame.tuning import TuneOptions, decisive
 
 if TYPE_CHECKING:
     from datablame.examples import Example
@@ -89,7 +90,8 @@ def options(cell: Cell, task: Task) -> TuneOptions:
 def fingerprint(cell: Cell, task: Task, model_sha256: str) -> str:
     """sha256 of all that decides the features: rows, queries, truth, recipe, model."""
     rows = [(e.id, e.label, e.messages) for e in [*task.train, *task.queries]]
-    what = [VERSION, cell.recipe, asdict(options(cell, task)), model_sha256, task.version, rows, list(task.groups)]
+    what: list[Any] = [VERSION, cell.recipe, decisive(options(cell, task)), model_sha256, task.version, rows]
+    what += [list(task.groups), *([asdict(PAPER_ENCODING)] if cell.recipe == "paper" else [])]
     sha = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
     sha.update(np.packbits(task.truth).tobytes())
     return sha.hexdigest()
@@ -128,8 +130,8 @@ def run_cell(
 
     write_rows(task.train, folder / "train.jsonl")
     write_rows(task.queries, folder / "queries.jsonl")
-    timed("tune", lambda: _tuned(cell, task, folder, device, dtype, reporter))
-    loaded = load(ModelSpec(cell.model, str(folder / "adapter"), device, dtype))
+    adapter = timed("tune", lambda: _tuned(cell, task, model_sha256, device, dtype, reporter))
+    loaded = load(ModelSpec(cell.model, str(adapter), device, dtype))
     encoder = Encoding(loaded.tokenizer, _attributed(cell), loaded.max_length)
     said = timed("answers", lambda: _answers(task, folder, loaded, encoder, reporter))
     sets = {"reference": list(task.queries), "generated": _answered(task, said["tuned"])}
@@ -153,7 +155,7 @@ def _described(cell: Cell, task: Task, said: Mapping[str, Sequence[str]], refere
         "rows": len(task.train),
         "labels": [e.label for e in task.train],
         "main": list(task.main),
-        "recipe_options": asdict(options(cell, task)),
+        "recipe_options": decisive(options(cell, task)),
         "learnt": _learnt(task, said, reference),
         "leak": lexical_leak(task),
         "queries": [
@@ -173,19 +175,17 @@ def write_rows(rows: Sequence[Example], path: Path) -> None:
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
-def _tuned(cell: Cell, task: Task, folder: Path, device: str | None, dtype: str | None, reporter: Reporter) -> None:
-    adapter = folder / "adapter"
-    if (adapter / "datablame.json").exists():
-        return
-    shutil.rmtree(adapter, ignore_errors=True)  # an interrupted training has no record
+def _tuned(
+    cell: Cell, task: Task, model_sha256: str, device: str | None, dtype: str | None, reporter: Reporter
+) -> Path:
     paper = cell.recipe == "paper"
-    tune(
+    return fine_tuned(
         cell.model,
-        folder / "train.jsonl",
-        adapter,
-        validation=folder / "queries.jsonl" if paper else None,
-        options=options(cell, task),
+        task.train,
+        options(cell, task),
+        model_sha256=model_sha256,
         encoding=PAPER_ENCODING if paper else None,
+        validation=task.queries if paper else None,
         device=device,
         dtype=dtype,
         reporter=reporter,

@@ -5,7 +5,8 @@
     lds       linear datamodeling score (Park et al. 2023, TRAK, 2303.14186): over random half-sets, the rank
               correlation of a query's loss after training on the half-set with minus the half-set's summed scores
 
-Every retraining is kept by the digest of its rows and queries, so that no set is trained twice. Processes that are
+What came of every retraining is kept by the digest of its rows and queries, and its adapter with all other fine-tunes
+(finetunes.py, without checkpoints), so that no set is trained twice. Processes that are
 started with the same command share them: each takes trainings that no other has begun.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +23,13 @@ import numpy as np
 
 from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
-from datablame.evaluation.bench import alone
-from datablame.evaluation.cell import MAX_NEW_TOKENS, Cell, options, write_rows
+from datablame.evaluation.cell import MAX_NEW_TOKENS, Cell, options
+from datablame.evaluation.finetunes import fine_tuned
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
+from datablame.locks import alone
 from datablame.models import ModelSpec, answers, load
-from datablame.tuning import TuneOptions, tune
+from datablame.tuning import TuneOptions
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -93,6 +94,7 @@ def retrain(
     job: Job,
     work: Path,
     *,
+    model_sha256: str,
     wait: bool = True,
     device: str | None = None,
     dtype: str | None = None,
@@ -104,7 +106,7 @@ def retrain(
         return there
     with alone(folder.with_suffix(".lock"), wait=wait) as first:
         if first and job.found(work) is None:
-            _train(job, folder, device, dtype)
+            _train(job, folder, model_sha256, device, dtype)
             reporter.note(f"trained again on {len(job.kept)} of {len(job.task.train)} rows")
     return job.found(work)
 
@@ -131,23 +133,28 @@ def retrain_all(jobs: Iterable[Job], work: Path, *, reporter: Reporter = SILENT,
         yield from free
 
 
-def _train(job: Job, folder: Path, device: str | None, dtype: str | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted one
-    folder.mkdir(parents=True)
-    write_rows(job.rows, folder / "train.jsonl")
-    tune(job.cell.model, folder / "train.jsonl", folder / "adapter", options=job.recipe, device=device, dtype=dtype)
-    found = _look(job, folder, device, dtype)
+def _train(job: Job, folder: Path, model_sha256: str, device: str | None, dtype: str | None) -> None:
+    adapter = fine_tuned(
+        job.cell.model,
+        job.rows,
+        job.recipe,
+        model_sha256=model_sha256,
+        checkpoints=False,
+        device=device,
+        dtype=dtype,
+    )
+    found = _look(job, adapter, device, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / "result.part"
     part.write_text(json.dumps(found), encoding="utf-8")
     part.replace(folder / "result.json")
-    shutil.rmtree(folder / "adapter")
 
 
-def _look(job: Job, folder: Path, device: str | None, dtype: str | None) -> dict[str, Any]:
+def _look(job: Job, adapter: Path, device: str | None, dtype: str | None) -> dict[str, Any]:
     from datablame.capture import capture
 
     queries = job.task.queries
-    loaded = load(ModelSpec(job.cell.model, str(folder / "adapter"), device, dtype))
+    loaded = load(ModelSpec(job.cell.model, str(adapter), device, dtype))
     encoder = Encoding(loaded.tokenizer, None, loaded.max_length)
     seen = capture(loaded.model, encode_rows(encoder, queries), {}, [])
     said = answers(loaded, [encoder.prompt_ids(e) for e in queries], MAX_NEW_TOKENS) if job.generate else []

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +33,7 @@ from datablame.evaluation.tables import REFERENCES
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.models import cache_dir
+from datablame.tuning import decisive
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -110,7 +111,7 @@ def against_retraining(
         todo = len({f for j in jobs if not (f := j.folder(work) / "result.json").exists()})
         reporter.note(f"{todo} trainings to do, for {len(left)} results")
     waiting = left
-    for _ in retrain_all(jobs, work, device=device, dtype=dtype, reporter=reporter):
+    for _ in retrain_all(jobs, work, model_sha256=model_sha256, device=device, dtype=dtype, reporter=reporter):
         waiting = [s for s in waiting if not s.made(work)]
     return [s.place if isinstance(s, Seed) else s for s in seeds]
 
@@ -172,7 +173,7 @@ def _chosen(
 
 def _recipe(cell: Cell, task: Task) -> dict[str, Any]:
     """Of every retraining."""
-    return asdict(replace(options(cell, task), keep=0, early_stop=0))
+    return decisive(replace(options(cell, task), keep=0, early_stop=0))
 
 
 def _digest(scores: Sequence[Float[np.ndarray, "m n"]]) -> str:
