@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from datablame.audit_command import audit
+from datablame.cache_command import app as cache
 from datablame.errors import UserError, printable
 from datablame.evaluation import evaluate_command
 from datablame.evaluation.commands import app as bench
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.add_typer(paper, name="paper")
+app.add_typer(cache, name="cache")
 
 Model = Annotated[str, typer.Option(help="Hub id, local directory, GGUF file, or a bundled model (smollm2-135m).")]
 Train = Annotated[str, typer.Option(help="Training rows: JSONL, JSON, CSV, Parquet, datasets directory or hub id.")]

@@ -60,8 +60,8 @@ class Forecast:
     def sentence(self) -> str:
         """One line for people."""
         text = (
-            f"{self.rows:,} rows · {self.tokens:,} tokens · {_bytes(self.disk_bytes)} on disk · "
-            f"about {_bytes(self.memory_bytes)} of memory"
+            f"{self.rows:,} rows · {self.tokens:,} tokens · {bytes_text(self.disk_bytes)} on disk · "
+            f"about {bytes_text(self.memory_bytes)} of memory"
         )
         return text if self.seconds is None else f"{text} · about {duration(self.seconds)}"
 
@@ -323,7 +323,7 @@ def check_row(engine: Engine) -> None:
     """Raise UserError when one row alone is too large to keep."""
     if engine.row_bytes > ROW_LIMIT:
         raise UserError(
-            f"one row would take {_bytes(engine.row_bytes)} (limit {_bytes(ROW_LIMIT)}). Choose fewer --blocks."
+            f"one row would take {bytes_text(engine.row_bytes)} (limit {bytes_text(ROW_LIMIT)}). Choose fewer --blocks."
         )
 
 
@@ -334,8 +334,8 @@ def check_memory(needed: int, engine: Engine) -> None:
     total = psutil.virtual_memory().total
     if needed > total and engine.loaded.model.device.type == "cpu":
         raise UserError(
-            f"about {_bytes(needed)} of memory are needed and this machine has {_bytes(total)}. "
-            f"One row takes {_bytes(engine.row_bytes)}: choose fewer --blocks, or a smaller --batch-tokens."
+            f"about {bytes_text(needed)} of memory are needed and this machine has {bytes_text(total)}. "
+            f"One row takes {bytes_text(engine.row_bytes)}: choose fewer --blocks, or a smaller --batch-tokens."
         )
 
 
@@ -366,7 +366,8 @@ def digest(examples: Sequence[Example], rows: Sequence[Encoded]) -> str:
     return sha.hexdigest()
 
 
-def _bytes(n: float) -> str:
+def bytes_text(n: float) -> str:
+    """`12 B`, `3.4 MB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n >= size:
             return f"{n / size:.1f} {unit}"

@@ -12,6 +12,8 @@ from filelock import FileLock, Timeout
 
 HELD = 32
 """How many folders a process keeps marked: each takes an open file."""
+PROBED = 0.2
+"""Seconds to try for: `datablame cache` holds each lock for a moment to see whether it is free."""
 _held: deque[FileLock] = deque()
 
 
@@ -24,7 +26,7 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=-1 if wait else PROBED)
     except Timeout:
         yield False
         return
