@@ -536,3 +536,16 @@ def test_tables_and_figures_are_drawn_from_the_cells(
         assert z[-1][-1] == 1
         assert z[0][-1] == 0
     assert (tmp_path / f"{name}.html").exists()
+
+
+@pytest.mark.slow
+def test_all_at_smoke_scale_on_the_bundled_model(run: Run, smollm2: str, folder: Path, tmp_path: Path) -> None:
+    """Every table and figure is measured and can be shown. Fine-tunes may come from the user's cache."""
+    code, _, error = run("run", "all", "--scale", "smoke", "--model", smollm2, "--mnist", folder, "--out", tmp_path)
+    assert code == 0, error
+    for name in paper.in_order():
+        code, said, error = run("show", name, "--out", tmp_path)
+        assert code == 0, error
+        assert paper.EXPERIMENTS[name].result in run("list", "--out", tmp_path)[1]
+        assert said
+        assert (tmp_path / f"{name}.html").exists()

@@ -28,6 +28,8 @@ KINDS = {
     "bench": "the benchmark's cells: rows, answers, features, scores (retraining reads those); run again",
     "retrained": "what came of retrainings, a directory a model; trained again",
     "paper": "finished pieces of the paper's experiments; measured again",
+    "along": "checkpoints of fine-tunes that were attributed; measured again",
+    "figure7": "trainings of linear models that were watched; trained again",
 }
 """Directory -> what it holds, and what its removal costs."""
 WHOLE = ("mnist",)

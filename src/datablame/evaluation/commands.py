@@ -106,7 +106,7 @@ def run_bench(
         scale=scale,
         tasks=_split(tasks),
         methods=methods,
-        seeds=_numbers(seeds),
+        seeds=numbers(seeds),
         recipes=_split(recipes) or ["sound"],
         sources={"advbench": advbench, "alpaca": alpaca, "data": data},
         device=device,
@@ -173,7 +173,7 @@ def retrain_bench(
     tasks.check_scale(scale)
     cells = [
         (Cell(model, task, scale, seed, "sound", named(task, given)), tasks.build(task, scale, seed, **given))
-        for seed in dict.fromkeys(_numbers(seeds) or SEEDS[scale])
+        for seed in dict.fromkeys(numbers(seeds) or SEEDS[scale])
     ]
     sha256 = load(ModelSpec(model, None, device, dtype)).model_sha256
     options: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": ConsoleReporter()}
@@ -187,7 +187,8 @@ def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def numbers(text: str | None) -> list[int] | None:
+    """`--seeds 0,1,2`. Raises UserError for anything else."""
     if text is None:
         return None
     if not all(part.strip().isdecimal() for part in text.split(",")):

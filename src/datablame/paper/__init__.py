@@ -6,12 +6,15 @@ An experiment is a module of this package, imported when it is asked for, with t
                                      there is kept
     show(out: Path, name) -> Page    the paper's numbers beside ours, read from that file
 
-To add one, write its module and name it in EXPERIMENTS. A module may serve several, by their name.
+To add one, write its module and name it in EXPERIMENTS. A module may serve several, by their name. One that is drawn
+from the benchmark's cells has a third function, so that `paper run all` runs each cell once, for all who need it:
+
+    cells(request: Request) -> Cells                 which ones, with which runs
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -72,7 +75,10 @@ EXPERIMENTS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What `datablame paper run` was asked for; mnist: a folder or a hub id, None: fetch it."""
+    """What `datablame paper run` was asked for; mnist: a folder or a hub id, None: fetch it.
+
+    models: all that were named; `model` is the first. seeds: those that were named; `seed` is the first.
+    """
 
     name: str
     scale: str
@@ -83,6 +89,17 @@ class Request:
     mnist: str | None = None
     model: str = "smollm2-135m"
     device: str | None = None
+    models: tuple[str, ...] = ("smollm2-135m",)
+    seeds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of the benchmark, in `request.out/bench`. runs: None is all of its suites; seeds: None is the scale's."""
+
+    tasks: Sequence[str]
+    runs: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +132,11 @@ def experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise UserError(f"unknown table or figure {name!r}.{nearest(name, EXPERIMENTS)}")
     return EXPERIMENTS[name]
+
+
+def in_order() -> list[str]:
+    """All names: tables, then figures, by number."""
+    return sorted(EXPERIMENTS, key=lambda n: (n.startswith("figure"), int(n.lstrip("abcdefghijklmnopqrstuvwxyz"))))
 
 
 def module(name: str) -> Any:

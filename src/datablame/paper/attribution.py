@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.errors import UserError
-from datablame.paper import Page, Request, Table, experiment
+from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.results import read, write
 
 TASKS = {
@@ -19,21 +19,39 @@ TASKS = {
     "figure1": ("grammars",),
     "figure2": ("mixed-small", "grammars", "backdoor-3"),
 }
+SMOKE = {
+    "table2": ("mixed-small",),
+    "table3": ("grammars",),
+    "table4": ("backdoor-1",),
+    "figure2": ("mixed-small", "grammars", "backdoor-1"),
+}
+"""At smoke scale: the benchmark's smoke tasks."""
 FIRST_SEED = ("figure1", "figure2")
 """Drawn from one seed."""
+
+
+def cells(request: Request) -> Cells:
+    """Every run of the suites on the tasks."""
+    one = request.name in FIRST_SEED or (request.scale == "smoke" and request.seeds is None)
+    return Cells(tasks_of(request.name, request.scale), seeds=[request.seed] if one else request.seeds)
+
+
+def tasks_of(name: str, scale: str) -> tuple[str, ...]:
+    """Which tasks are drawn."""
+    return SMOKE.get(name, TASKS[name]) if scale == "smoke" else TASKS[name]
 
 
 def run(request: Request) -> Path:
     """Every cell that has no result yet."""
     from datablame.evaluation.bench import bench
 
-    seeds = [request.seed] if request.name in FIRST_SEED or request.scale == "smoke" else None
+    wanted = cells(request)
     bench(
         request.model,
         request.out / "bench",
         scale=request.scale,
-        tasks=TASKS[request.name],
-        seeds=seeds,
+        tasks=wanted.tasks,
+        seeds=wanted.seeds,
         device=request.device,
         reporter=request.reporter,
     )
@@ -47,7 +65,7 @@ def show(out: Path, name: str) -> Page:
 
     r = read(out / experiment(name).result)
     every = load_results(out / "bench", r["model"], r["scale"])
-    found = {task: every[task] for task in TASKS[name] if task in every}
+    found = {task: every[task] for task in tasks_of(name, r["scale"]) if task in every}
     facts = [("model", r["model"]), ("scale", r["scale"]), ("tasks", ", ".join(found))]
     page = {"figure1": _top_rows, "figure2": _heat_maps}.get(name, _table)(name, found)
     title = f"{name[:-1].capitalize()} {name[-1]}: {experiment(name).shows}"

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from datablame.errors import UserError
-from datablame.paper import EXPERIMENTS, Request, experiment, module
+from datablame.errors import UserError, printable
+from datablame.paper import EXPERIMENTS, Request, experiment, in_order, module
 
 app = typer.Typer(
     help="The paper's tables and figures: run one, and see its numbers beside ours.",
@@ -21,39 +21,74 @@ app = typer.Typer(
 Name = Annotated[str, typer.Argument(help="A table or figure, such as table5; `datablame paper list` names them.")]
 Out = Annotated[Path, typer.Option(help="Directory of results.")]
 OUT = Path("paper-out")
+MODEL = "smollm2-135m"
+ALL = "all"
 
 
 @app.command("list")
 def list_(out: Out = OUT) -> None:
     """What there is, what it shows, what it costs at each scale, and whether it was run."""
-    for name, e in EXPERIMENTS.items():
+    from datablame.paper.results import state
+
+    for name in in_order():
+        e = EXPERIMENTS[name]
         typer.echo(f"{name:9} {e.shows}")
         for scale, cost in e.costs.items():
             typer.echo(f"{'':9} {scale + ':':6} {cost}")
-        typer.echo(f"{'':9} {f'run: {out / e.result}' if (out / e.result).exists() else f'not run yet in {out}'}")
+        typer.echo(f"{'':9} {state(out / e.result)}")
 
 
 @app.command()
 def run(
-    name: Name,
+    name: Annotated[str, typer.Argument(help="A table or figure, such as table5, or all of them: all.")],
     scale: Annotated[str, typer.Option(help="smoke (minutes), cpu (everything), paper (a GPU).")] = "smoke",
     mnist: Annotated[str | None, typer.Option(help="A folder of idx files or a hub id. Default: npm.")] = None,
     out: Out = OUT,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first subset of points, or of one-seed figures.")] = 0,
-    model: Annotated[str, typer.Option(help="As for `datablame index`.")] = "smollm2-135m",
+    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas, in place of --seed.")] = None,
+    model: Annotated[list[str], typer.Option(help="As for `datablame index`; twice where two are shown.")] = [MODEL],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.")] = None,
 ) -> None:
-    """Measure one. A run that is already in --out is kept."""
+    """Measure one, or all. A run that is already in --out is kept."""
     from datablame.console import ConsoleReporter
+    from datablame.evaluation.commands import numbers
+    from datablame.indexing import quiet_libraries
     from datablame.scores import check_out
 
-    scales = experiment(name).costs
+    several = tuple(numbers(seeds) or ()) or None
+    scales = ("smoke", "cpu", "paper") if name == ALL else experiment(name).costs
     if scale not in scales:
         raise UserError(f"--scale {scale}: use {' or '.join(scales)}.")
     check_out(out)
-    command = shlex.join(["datablame", *sys.argv[1:]])
-    path = module(name).run(Request(name, scale, out, seed, command, ConsoleReporter(), mnist, model, device))
+    first = seed if several is None else several[0]
+    asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
+    request = Request(*asked)
+    if name == ALL:
+        quiet_libraries()
+        _run_all(request)
+        return
+    path = module(name).run(request)
     typer.echo(f"{path}; see it with: datablame paper show {name} --out {shlex.quote(str(out))}")
+
+
+def _command(name: str) -> str:
+    """The command as it was given; of one experiment among all, its own."""
+    arguments = list(sys.argv[1:])
+    if ALL in arguments:
+        arguments[arguments.index(ALL)] = name
+    return shlex.join(["datablame", *arguments])
+
+
+def _run_all(request: Request) -> None:
+    from datablame.paper.running import run_all
+
+    failed = run_all(request, _command)
+    where = shlex.quote(str(request.out))
+    typer.echo(f"see them with: datablame paper list --out {where}, datablame paper show NAME --out {where}")
+    for name, why in failed.items():
+        typer.echo(f"failed: {name}: {printable(why)}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

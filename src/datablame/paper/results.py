@@ -60,6 +60,19 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
+def state(path: Path) -> str:
+    """In a few words, for a list: was it run, and how."""
+    if not path.exists():
+        return f"not run yet in {path.parent}"
+    try:
+        result = read(path)
+    except UserError:
+        return f"{path} is damaged; remove it and run again"
+    run = result["run"] if isinstance(result.get("run"), dict) else result
+    known = [f"{k} {run[k]}" for k in ("scale", "model", "seed") if isinstance(run.get(k), str | int)]
+    return f"run: {', '.join([str(path), *known])}"
+
+
 def already_there(path: Path, run: dict[str, Any]) -> bool:
     """Whether `path` holds this very `run`. Raises UserError when it holds another one, which is not overwritten."""
     if not path.exists():
