@@ -13,9 +13,10 @@ import pytest
 
 from datablame.errors import UserError
 from datablame.evaluation import results as results_module
-from datablame.evaluation.bench import to_json
+from datablame.evaluation import tasks
+from datablame.evaluation.bench import read_result, to_json
 from datablame.evaluation.cell import Cell, fingerprint
-from datablame.evaluation.results import TaskResults, load_results
+from datablame.evaluation.results import TaskResults, is_old, load_results
 from datablame.evaluation.suites import FIGURE, LADDER, REPSIM_LADDER
 from datablame.paper import attribution
 from datablame.report.bench import context, write_bench
@@ -74,6 +75,16 @@ def test_more_queries_are_another_kind_and_one_seed_each_keeps_the_first(tmp_pat
     assert "(queries)" in found.left_out[0]
 
 
+@pytest.fixture(autouse=True)
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up results are of no task that could be built, so that nobody can tell their version."""
+
+    def build(name: str, scale: str, seed: int) -> Any:
+        raise UserError("unknown task")
+
+    monkeypatch.setattr(results_module, "build", build)
+
+
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny`, version 2, is the task `facts` of today."""
@@ -100,10 +111,49 @@ def test_a_seed_of_an_older_version_of_the_task_is_left_out(tmp_path: Path, buil
     write(tmp_path, of_version(1, 0), of_version(1, 1), of_version(2, 2))
     found = load_results(tmp_path, "tiny", "cpu")["facts"]
     assert [r["seed"] for r in found.results] == [2]  # today's, though the others are more
-    assert len(found.left_out) == 2
-    assert "not of one kind with seed 2 (rows and recipe of today)" in found.left_out[0]
-    write(tmp_path, of_version(1, 2))
-    assert len(load_results(tmp_path, "tiny", "cpu")["facts"].results) == 3  # all of one old version: stacked
+    said = "is left out, since the task has other rows, or another recipe, today. Run the cell again."
+    assert found.left_out == [f"facts: seed {s} {said}" for s in (0, 1)]
+
+
+def test_seeds_that_are_all_of_an_older_version_are_left_out(tmp_path: Path, built: None) -> None:
+    write(tmp_path, of_version(1, 0), of_version(1, 1))
+    with pytest.raises(UserError, match="no results under the sound recipe. facts: seed 0 is left out, .* seed 1 is"):
+        load_results(tmp_path, "tiny", "cpu")
+    # The notes stand with what is there, and a table of the paper names its own tasks only.
+    write(tmp_path, made("mixed-small", 0), of_version(1, 2) | {"task": "facts"})
+    found = load_results(tmp_path, "tiny", "cpu")
+    assert list(found) == ["mixed-small"]
+    assert [note.partition(" is")[0] for note in found["mixed-small"].left_out] == [
+        f"facts: seed {s}" for s in range(3)
+    ]
+    write(tmp_path / "bench", made("mixed-small", 0), of_version(1, 0))
+    request = {"experiment": "table2", "model": "tiny", "scale": "cpu", "seed": 0, "command": "c", "version": 1}
+    (tmp_path / "table2.json").write_text(json.dumps(request))
+    assert not [note for note in attribution.show(tmp_path, "table2").notes if "left out" in note]
+
+
+@pytest.mark.parametrize("task", ["released-math", "mixed-small-advbench"])
+def test_rows_of_a_users_files_can_only_be_held_against_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """The real builders: without the files they make no rows, and another fingerprint says nothing."""
+    monkeypatch.setattr(results_module, "build", tasks.build)
+    write(tmp_path, made(task, 0), made(task, 1), made(task, 2, m=20))
+    found = load_results(tmp_path, "tiny", "cpu")[task]
+    assert [r["seed"] for r in found.results] == [0, 1]
+    assert found.left_out[0].startswith(
+        f"{task}: seed 2 is left out, since it is not of one kind with seed 0 (queries)"
+    )
+    write(tmp_path, made("grammars", 0))  # can be built, and is not of today's rows
+    assert "grammars" not in load_results(tmp_path, "tiny", "cpu")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results" / "bench").glob("*/*/*-s*.json")))
+def test_committed_results_are_of_today(path: Path) -> None:
+    """A change of fingerprints would have the whole benchmark run again."""
+    result = read_result(path)
+    assert result
+    assert not is_old(result)
 
 
 # ---------------------------------------------------------------- pages

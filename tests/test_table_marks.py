@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from datablame.evaluation.intervals import interval, interval_of_tasks
+from datablame.evaluation.intervals import interval, interval_of_tasks, intervals, intervals_of_tasks
 from datablame.evaluation.results import TaskResults
 from datablame.evaluation.suites import HEADLINE, LADDER, REPSIM_LADDER, runs
 from datablame.evaluation.tables import (
@@ -17,6 +18,7 @@ from datablame.evaluation.tables import (
     MARKED,
     PAPER_TABLES,
     REFERENCES,
+    behaving_rows,
     headline_rows,
     ladder_rows,
     markdown,
@@ -34,7 +36,10 @@ def made(
     """A result with made-up metrics: each run has a level of its own, and noise of its own on every query."""
     rng = np.random.default_rng([seed, m, len(task)])
     main = ["harmful"]
-    queries = [{"id": j, "label": "x", "group": "harmful" if j % 2 else "benign", "answer": ""} for j in range(m)]
+    queries = [
+        {"id": j, "label": "x", "group": "harmful" if j % 2 else "benign", "answer": "", "behaves": bool(j % 3)}
+        for j in range(m)
+    ]
     sets: dict[str, dict[str, Any]] = {"reference": {}, "generated": {}}
     for k, run in enumerate([*names, "length"]):
         for s, kind in enumerate(sets.values()):
@@ -204,6 +209,51 @@ def test_a_run_that_failed_somewhere_is_in_no_table_and_is_named() -> None:
     for kind in results.results[0]["results"].values():
         kind.clear()
     assert [row[0] for row in task_rows(results)] == ["run", "chance"]
+
+
+# ---------------------------------------------------------------- answers that behave
+
+
+def test_answers_that_behave_are_counted_and_shown_beside_all() -> None:
+    """Seeds of 12 main queries, of which 8, 8 and 3 show their class's behaviour; one seed has none."""
+    results = stacked("facts", 0, 1, 2, 3)
+    for j, query in enumerate(results.results[2]["queries"]):
+        query["behaves"] = j < 6
+    for query in results.results[3]["queries"]:
+        query["behaves"] = False
+    table = behaving_rows(results)
+    assert table
+    header, *rows, chance = table
+    assert header == ["run", *(f"{m}, {n}" for m in ("top-1", "AUROC") for n in ("all 48", "the 19 that behave"))]
+    assert [row[0] for row in rows] == [f"`{run}`" for run in results.runs]
+    for run, row in zip(results.runs, rows, strict=True):
+        for metric, cells in zip(MARKED, (row[1:3], row[3:]), strict=True):
+            every, shown = [], []
+            for r in results.results:
+                values = zip(r["queries"], r["results"]["generated"][run][metric], strict=True)
+                main = [(q["behaves"], v) for q, v in values if q["group"] == "harmful"]
+                every += [v for _, v in main]
+                shown += [[v for b, v in main if b]]
+            assert [len(s) for s in shown] == [8, 8, 3, 0]
+            assert cells[0].startswith(f"{np.mean(every):.2f} (")
+            assert cells[1].startswith(f"{np.mean([np.mean(s) for s in shown[:3]]):.2f} (")
+    assert chance == ["chance", "0.50", "0.50", "0.50", "0.50"]
+    only = replace(results, results=results.results[3:])
+    assert behaving_rows(only) is None
+    assert behaving_rows(stacked("facts", 0, names=[])) is not None  # `length` alone
+
+
+def test_intervals_of_seeds_with_queries_of_their_own_number() -> None:
+    """One row at a time as `interval_of_tasks`; with as many queries in every seed the interval of stacked seeds."""
+    rng = np.random.default_rng(0)
+    ragged = [rng.normal(k, 1, size=(3, 1, m)) for k, m in enumerate((5, 20))]
+    for k, found in enumerate(intervals_of_tasks(ragged)):
+        assert found == pytest.approx(interval_of_tasks([v[k] for v in ragged]))
+        assert found.value == pytest.approx(np.mean([v[k].mean() for v in ragged]))
+    even = rng.normal(size=(2, 3, 30)) + np.arange(3)[:, None]
+    apart = intervals_of_tasks([even[:, [s]] for s in range(3)])
+    for one, other in zip(apart, intervals(even, same_queries=False), strict=True):
+        assert one == pytest.approx(other, abs=0.03)  # other draws of the same distribution
 
 
 # ---------------------------------------------------------------- the headline

@@ -77,18 +77,28 @@ def interval_of_tasks(tasks: Sequence[Values], *, seed: int = 0, draws: int = DR
     tasks: `[s, m]` of each. Of one task it is that task's `interval`. With three tasks it says how much the mean
     depends on which of them one happens to look at, and no more.
     """
-    tasks = [_checked(values) for values in tasks]
+    return intervals_of_tasks([_checked(v)[None] for v in tasks], seed=seed, draws=draws, level=level)[0]
+
+
+def intervals_of_tasks(
+    tasks: Sequence[Float[np.ndarray, "k s m"]], *, seed: int = 0, draws: int = DRAWS, level: float = 0.95
+) -> list[Interval]:
+    """`interval_of_tasks` of each of k, all from the same draws. tasks: `[k, s, m]` of each, m its own.
+
+    Seeds that have not as many queries each are drawn as tasks of one seed: seeds, then queries.
+    """
     if len(tasks) == 1:
-        return interval(tasks[0], same_queries=False, seed=seed, draws=draws, level=level)
+        return intervals(tasks[0], same_queries=False, seed=seed, draws=draws, level=level)
     rng = np.random.default_rng(seed)
-    means = np.zeros(draws)
+    means = np.zeros((draws, len(tasks[0])))
     for _ in tasks:
         chosen = rng.integers(len(tasks), size=draws)
-        for k, values in enumerate(tasks):
-            here, (s, m) = chosen == k, values.shape
-            means[here] += _weights(s, m, False, rng, int(here.sum())) @ values.ravel() / len(tasks)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(np.mean([values.mean() for values in tasks])), float(low), float(high))
+        for i, values in enumerate(tasks):
+            here, (k, s, m) = chosen == i, values.shape
+            means[here] += _weights(s, m, False, rng, int(here.sum())) @ values.reshape(k, s * m).T / len(tasks)
+    found = np.mean([values.mean(axis=(1, 2)) for values in tasks], axis=0)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(float(v), float(a), float(b)) for v, a, b in zip(found, low, high, strict=True)]
 
 
 @lru_cache(maxsize=4)

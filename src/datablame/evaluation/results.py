@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -87,6 +87,18 @@ class TaskResults:
         values = np.array([self.values(run, metric, kind, group) for run, metric in cells])
         return dict(zip(cells, intervals(values, same_queries=False), strict=True))
 
+    def behaving(self, run: str | None, metric: str) -> list[Float[np.ndarray, " m"]]:
+        """For the model's own answers: the main queries of each seed whose answer shows its class's behaviour.
+
+        A seed without any is left out. run: None for chance.
+        """
+        out = []
+        for r in self.results:
+            values = r["chance"][metric] if run is None else r["results"]["generated"][run][metric]
+            shown = [v for v, q in zip(values, r["queries"], strict=True) if q["group"] in r["main"] and q["behaves"]]
+            out += [np.array(shown)] if shown else []
+        return out
+
     def seeds(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> list[float]:
         """The mean of each seed."""
         return [float(v) for v in self.values(run, metric, kind, group).mean(axis=1)]
@@ -101,29 +113,45 @@ def _of_group(result: dict[str, Any], values: Sequence[float], group: str) -> li
 
 
 def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound") -> dict[str, TaskResults]:
-    """`{task: results}` of what is there; seeds of another kind are left out, and named. UserError where nothing is."""
+    """`{task: results}` of what is there; seeds of an older version or of another kind are left out, and named.
+
+    Every note begins with its task. That of a task of which nothing is left stands with the first that is there.
+    Raises UserError where nothing is.
+    """
     folder = Path(out) / Path(model).name / scale
     name = re.compile(rf"-{re.escape(recipe)}-s\d+$")
     read = [read_result(p) for p in sorted(folder.glob("*.json")) if name.search(p.stem)]
     found: dict[str, list[dict[str, Any]]] = {}
-    for result in filter(None, read):
-        found.setdefault(result["task"], []).append(result)
+    notes: list[str] = []
+    for result in sorted(filter(None, read), key=lambda x: x["seed"]):
+        if is_old(result):
+            notes.append(
+                f"{result['task']}: seed {result['seed']} is left out, since the task has other rows, or another "
+                "recipe, today. Run the cell again."
+            )
+        else:
+            found.setdefault(result["task"], []).append(result)
     if not found:
-        raise UserError(f"{folder}: no results under the {recipe} recipe. Run `datablame bench run` first.")
-    return {task: of_one_kind(task, recipe, sorted(r, key=lambda x: x["seed"])) for task, r in found.items()}
+        raise UserError(
+            " ".join([f"{folder}: no results under the {recipe} recipe.", *notes, "Run `datablame bench run` first."])
+        )
+    every = {task: of_one_kind(task, recipe, found[task]) for task in sorted(found)}
+    for note in reversed(notes):
+        task = note.partition(":")[0]
+        task = task if task in every else next(iter(every))
+        every[task] = replace(every[task], left_out=[note, *every[task].left_out])
+    return every
 
 
 def of_one_kind(task: str, recipe: str, results: Sequence[dict[str, Any]]) -> TaskResults:
-    """The seeds that are of one task version, one recipe and one model, and a sentence for each that is not.
+    """The seeds that are of one recipe and one model, with as many rows, and a sentence for each that is not.
 
-    Of two kinds, the one that the task makes today stays, then the one with more seeds, then that of the lowest seed.
+    Of two kinds, the one with more seeds stays, then that of the lowest seed.
     """
-    if len(results) == 1:
-        return TaskResults(task, recipe, results)
     kinds = [_kind(r) for r in results]
     texts = [json.dumps(k, sort_keys=True) for k in kinds]
     many = Counter(texts)
-    kept = max(range(len(results)), key=lambda i: (kinds[i]["rows and recipe of today"], many[texts[i]], -i))
+    kept = max(range(len(results)), key=lambda i: (many[texts[i]], -i))
     notes = []
     for result, kind, text in zip(results, kinds, texts, strict=True):
         if text != texts[kept]:
@@ -140,19 +168,36 @@ def _kind(result: dict[str, Any]) -> dict[str, Any]:
     """What the seeds of one task have in common. The rows differ, and so does the fingerprint."""
     same: dict[str, Any] = {k: result.get(k) for k in ("model_sha256", "title", "rows", "main")}
     same["recipe_options"] = {k: v for k, v in result["recipe_options"].items() if k != "seed"}
-    same["queries"] = dict(Counter(q["group"] for q in result["queries"]))
-    return same | {"rows and recipe of today": rebuilt(result) is not None}
+    return same | {"queries": dict(Counter(q["group"] for q in result["queries"]))}
 
 
 def rebuilt(result: Mapping[str, Any]) -> Task | None:
     """The task whose rows the result is of; None where they cannot be made again: another version, a user's files."""
+    task = _today(result)
+    return task if task is not None and _made_of(result, task) else None
+
+
+def is_old(result: Mapping[str, Any]) -> bool:
+    """Does the task have other rows, or another recipe, today?
+
+    Where its rows are made of files that are not at hand (the paper's released ones, a user's sources), or by a package
+    that is not installed, nobody can tell, and the answer is no.
+    """
+    task = _today(result)
+    return task is not None and not _made_of(result, task)
+
+
+def _today(result: Mapping[str, Any]) -> Task | None:
+    """The task as it is now; None where it cannot be made here."""
     try:
-        task = build(result["task"], result["scale"], result["seed"])
+        return build(result["task"], result["scale"], result["seed"])
     except UserError:
         return None
+
+
+def _made_of(result: Mapping[str, Any], task: Task) -> bool:
     cell = Cell(result["model"], result["task"], result["scale"], result["seed"], result["recipe"])
-    same = fingerprint(cell, task, result.get("model_sha256", "")) == result["fingerprint"]
-    return task if same else None
+    return fingerprint(cell, task, result.get("model_sha256", "")) == result["fingerprint"]
 
 
 # ---------------------------------------------------------------- tests

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from datablame.evaluation.intervals import Interval, interval_of_tasks
+import numpy as np
+
+from datablame.evaluation.intervals import Interval, interval_of_tasks, intervals_of_tasks
 from datablame.evaluation.metrics import METRICS
 from datablame.evaluation.results import TaskResults, Tested, against, corrected
 from datablame.evaluation.suites import FAMILIES, HEADLINE, LADDER, REPSIM_LADDER
@@ -141,6 +143,27 @@ def task_rows(results: TaskResults, kind: str = "reference", group: str = "main"
     chance = [f"{results.chance(m, group):.2f}" for m in METRICS]
     rows.append(["chance", *chance, ""])
     return [["run", *(HEADINGS[m] for m in METRICS), "top-1 by seed"], *rows]
+
+
+def behaving_rows(results: TaskResults) -> Rows | None:
+    """On the model's own answers to the main queries: all, and beside them those that show their class's behaviour.
+
+    The truth of a query is that of its class, which an answer without the class's behaviour may not follow. Intervals
+    draw seeds, then queries. None where no answer shows it.
+    """
+    cells = [(run, m) for run in results.runs for m in MARKED]
+    parts = [results.behaving(run, m) for run, m in cells]
+    if not cells or not parts[0]:
+        return None
+    every = results.intervals(cells, "generated")
+    by_seed = [np.stack(of_seed)[:, None] for of_seed in zip(*parts, strict=True)]
+    shown = dict(zip(cells, intervals_of_tasks(by_seed), strict=True))
+    m, count = results.values(*cells[0], "generated").size, sum(v.shape[2] for v in by_seed)
+    heads = [f"{HEADINGS[x]}, {which}" for x in MARKED for which in (f"all {m}", f"the {count} that behave")]
+    rows = [[f"`{run}`", *(_shown(of[run, x]) for x in MARKED for of in (every, shown))] for run in results.runs]
+    of_shown = {x: np.mean([v.mean() for v in results.behaving(None, x)]) for x in MARKED}
+    chance = [f"{c:.2f}" for x in MARKED for c in (results.chance(x), of_shown[x])]
+    return [["run", *heads], *rows, ["chance", *chance]]
 
 
 def paper_rows(name: str, found: Mapping[str, TaskResults]) -> Rows:

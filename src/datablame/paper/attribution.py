@@ -69,7 +69,8 @@ def show(out: Path, name: str) -> Page:
     facts = [("model", r["model"]), ("scale", r["scale"]), ("tasks", ", ".join(found))]
     page = {"figure1": _top_rows, "figure2": _heat_maps}.get(name, _table)(name, found)
     title = f"{name[:-1].capitalize()} {name[-1]}: {experiment(name).shows}"
-    notes = [*page["notes"], *(note for results in found.values() for note in results.left_out)]
+    left_out = [note for results in every.values() for note in results.left_out]
+    notes = [*page["notes"], *(note for note in left_out if note.partition(":")[0] in TASKS[name])]
     return Page(title, facts, notes, page["tables"], page["views"], str(r["command"]), r)
 
 

@@ -13,7 +13,16 @@ from datablame import __version__
 from datablame.evaluation import figures
 from datablame.evaluation.metrics import METRICS
 from datablame.evaluation.results import TaskResults
-from datablame.evaluation.tables import HEADINGS, PAPER_TABLES, headline_rows, ladder_rows, paper_rows, task_rows
+from datablame.evaluation.tables import (
+    HEADINGS,
+    PAPER_TABLES,
+    Rows,
+    behaving_rows,
+    headline_rows,
+    ladder_rows,
+    paper_rows,
+    task_rows,
+)
 from datablame.report.figures import script_safe
 from datablame.report.html import environment
 
@@ -53,8 +62,9 @@ def context(found: Mapping[str, TaskResults]) -> dict[str, Any]:
 def _task(results: TaskResults) -> dict[str, Any]:
     """Facts and tables of one task."""
     first = results.results[0]
-    tables = {"reference responses": task_rows(results)}
+    tables: dict[str, Rows | None] = {"reference responses": task_rows(results)}
     tables["the model's own answers"] = task_rows(results, "generated")
+    tables["the model's own answers, where they show their class's behaviour"] = behaving_rows(results)
     for group in results.groups()[1:]:
         if len(results.groups()) > 2:
             tables[f"queries: {group}"] = task_rows(results, "reference", group)
@@ -67,6 +77,6 @@ def _task(results: TaskResults) -> dict[str, Any]:
         "base": results.seeds(BASE, "auroc") if BASE in results.runs else [],
         "learnt": [r["learnt"] for r in results.results],
         "failed": results.failed,
-        "tables": tables,
+        "tables": {caption: rows for caption, rows in tables.items() if rows},
         "top": figures.top_table(results),
     }
