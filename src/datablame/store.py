@@ -284,6 +284,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "…"
 
 
+class DiskError(UserError):
+    """There is no room on the disk, or no leave to write: whatever was to be kept, it is not at fault."""
+
+
 def _replace(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, even after a power cut."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -295,7 +299,7 @@ def _replace(path: Path, data: bytes) -> None:
         part.replace(path)
     except OSError as e:
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({e.strerror}). What was finished before is kept.") from e
+        raise DiskError(f"{path}: cannot be written ({e.strerror}). What was finished before is kept.") from e
 
 
 def _sha256(path: Path) -> str:
@@ -304,13 +308,13 @@ def _sha256(path: Path) -> str:
 
 
 def check_disk(path: Path, needed: int) -> None:
-    """Raise UserError when `needed` bytes (and a tenth more) do not fit where `path` will be."""
+    """Raise DiskError, a UserError, when `needed` bytes (and a tenth more) do not fit where `path` will be."""
     folder = path
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed * 1.1 > free:
-        raise UserError(
+        raise DiskError(
             f"{path}: the index needs {needed / 1e6:,.1f} MB and only {free / 1e6:,.1f} MB are free. "
             "Choose fewer --blocks or --layers, fewer rows, or another --out."
         )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datablame.environment import environment
 from datablame.errors import UserError, nearest
-from datablame.evaluation.cell import RECIPES, VERSION, Cell, fingerprint, folder_of, run_cell
+from datablame.evaluation.cell import RECIPES, VERSION, Cell, fingerprint, folder_of, opened, run_cell
+from datablame.evaluation.costly import costly_results, groups
 from datablame.evaluation.forecast import Plan, tokens, tokens_per_second
-from datablame.evaluation.suites import Suite, runs
-from datablame.evaluation.tasks import RELEASED, build, names, takes
+from datablame.evaluation.suites import Beyond, Suite, beyond, costly, runs
+from datablame.evaluation.tasks import RELEASED, Task, build, names, takes
 from datablame.evaluation.tasks.base import check_scale
 from datablame.indexing import SILENT, Reporter, duration
 from datablame.locks import alone
@@ -43,45 +45,78 @@ def bench(
 
     Several processes may run the same command at once: each takes cells that no other has begun.
     A cell is a task, a seed and a recipe (`sound`, or `paper`: the paper's own fine-tune, first seed only).
-    `methods` as in `suites.runs`. `dry` only plans and forecasts.
+    `methods` as in `suites.runs`; without it one cell has `suites.costly` too. `dry` only plans and forecasts.
 
     Raises UserError for an unknown name, and, at the end, when under the sound recipe at a scale above `smoke` a
     fine-tune has not learnt its behaviour.
     """
-    wanted = runs(suite, methods)
-    given = {k: v for k, v in (sources or {}).items() if v is not None}
     check_scale(scale)
     if dtype == "float64":
         raise UserError("--dtype float64: attention over padding is not finite in it (the padded view). Use float32.")
-    cells = _cells(model, scale, tasks, seeds, recipes, given)
-    folder = Path(out)
+    given = {k: v for k, v in (sources or {}).items() if v is not None}
+    cells = _wanted(_cells(model, scale, tasks, seeds, recipes, given), suite, methods)
+    paths = {cell: result_path(Path(out), cell) for cell in cells}
     loaded = load(ModelSpec(model, None, device, dtype))
     model_sha256 = loaded.model_sha256
-    plan = _plan(cells, wanted, folder, model_sha256, given)
+    plan = _plan(cells, paths, model_sha256, given)
     reporter.note(plan.sentence(tokens_per_second(loaded, *plan.cells[0][:2]) if plan.cells else None))
     del loaded
-    paths = [result_path(folder, c) for c in cells]
     if dry:
-        return paths
-    work = cache_dir() / "bench"
+        return list(paths.values())
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "reporter": reporter}
     for cell, task, _ in plan.cells:
-        path = result_path(folder, cell)
-        with alone(work / folder_of(cell, task, model_sha256) / "lock") as first:
-            missing = lacking(path, fingerprint(cell, task, model_sha256), wanted)
-            if not first or not missing:
-                reporter.note(f"{cell.name}: {'done' if first else 'being run'} by another process")
-                continue
-            reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
-            result = run_cell(
-                cell, task, missing, work, model_sha256, device=device, dtype=dtype, keep=keep, reporter=reporter
-            )
-            result |= {"model_sha256": model_sha256, "command": _command(cell, given)} | environment()
-            result["seconds"]["all"] = round(sum(result["seconds"].values()), 1)
-            save(path, result)
-        reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(result['learnt'])}")
+        _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given), how)
     if scale != "smoke":
-        _check_learnt([p for p, c in zip(paths, cells, strict=True) if c.recipe == "sound"])
-    return paths
+        _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound"])
+    return list(paths.values())
+
+
+def _wanted(cells: Sequence[Cell], suite: Suite, methods: str | None) -> dict[Cell, list[str]]:
+    """The runs of each cell. Raises UserError for an unknown suite, method or view."""
+    usual = runs(suite, methods)
+    of_one = {c: () if methods else costly(c.rows, c.scale, c.seed, c.recipe, suite) for c in cells}
+    return {cell: [*usual, *more] for cell, more in of_one.items()}
+
+
+def _run(
+    cell: Cell, task: Task, wanted: Sequence[str], path: Path, model_sha256: str, command: str, how: dict[str, Any]
+) -> None:
+    """Run what a cell lacks, unless another process is at it. how: device, dtype, keep, reporter."""
+    work, reporter = cache_dir() / "bench", how["reporter"]
+    with alone(work / folder_of(cell, task, model_sha256) / "lock") as first:
+        missing = lacking(path, fingerprint(cell, task, model_sha256), wanted)
+        if not first or not missing:
+            reporter.note(f"{cell.name}: {'done' if first else 'being run'} by another process")
+            return
+        reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
+        usual = [run for run in missing if not beyond(run)]
+        if usual or not _there(path, fingerprint(cell, task, model_sha256)):
+            result = run_cell(cell, task, usual, work, model_sha256, **how)
+            save(path, _complete(result | {"model_sha256": model_sha256, "command": command} | environment()))
+        if by_need := groups(missing):
+            _add_costly(cell, task, by_need, path, model_sha256, how)
+    result = read_result(path) or {}
+    reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(result['learnt'])}")
+
+
+def _add_costly(
+    cell: Cell, task: Task, by_need: Mapping[Beyond, list[str]], path: Path, model_sha256: str, how: dict[str, Any]
+) -> None:
+    """Runs on features of their own join the cell's result, those of one kind as soon as they are done."""
+    work, keep = cache_dir() / "bench", how["keep"]
+    o = opened(cell, task, work, model_sha256, **{k: v for k, v in how.items() if k != "keep"})
+    for need, chosen in by_need.items():
+        how["reporter"].note(f"{cell.name}: {need.spelling} for {', '.join(chosen)}")
+        results = o.timed("costly", partial(costly_results, o, task, need, chosen, keep=keep, reporter=how["reporter"]))
+        result = read_result(path) or {}
+        seconds = result["seconds"] | {"costly": o.seconds["costly"]}
+        save(path, _complete(result | {"results": results, "seconds": seconds}))
+
+
+def _complete(result: dict[str, Any]) -> dict[str, Any]:
+    """With the sum of its seconds."""
+    seconds = {k: v for k, v in result["seconds"].items() if k != "all"}
+    return result | {"seconds": seconds | {"all": round(sum(seconds.values()), 1)}}
 
 
 def _command(cell: Cell, sources: dict[str, str]) -> str:
@@ -149,33 +184,40 @@ def check_model(path: Path, result: Mapping[str, Any] | None, model_sha256: str)
 
 
 def _plan(
-    cells: Sequence[Cell],
-    wanted: Sequence[str],
-    out: Path,
-    model_sha256: str,
-    sources: dict[str, str],
+    cells: Mapping[Cell, Sequence[str]], paths: Mapping[Cell, Path], model_sha256: str, sources: dict[str, str]
 ) -> Plan:
     left, finished, count = [], 0, 0
-    for cell in cells:
+    for cell, wanted in cells.items():
         known = takes(cell.task)
         task = build(cell.task, cell.scale, cell.seed, **{k: v for k, v in sources.items() if k in known})
-        path = result_path(out, cell)
+        path, expected = paths[cell], fingerprint(cell, task, model_sha256)
         check_model(path, read_result(path), model_sha256)
-        missing = lacking(path, fingerprint(cell, task, model_sha256), wanted)
+        missing = lacking(path, expected, wanted)
         if missing:
             left.append((cell, task, missing))
-            count += tokens(cell, task)
+            views = not _there(path, expected) or any(not beyond(run) for run in missing)
+            count += tokens(cell, task, groups(missing), views=views)
         else:
             finished += 1
     return Plan(left, finished, count)
 
 
+def _there(path: Path, expected: str) -> bool:
+    """Is there a result with this fingerprint?"""
+    return (read_result(path) or {}).get("fingerprint") == expected
+
+
 def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
-    """The runs that a result file does not hold; all of them where there is none, or one of another fingerprint."""
+    """The runs that a result file does not hold; all of them where there is none, or one of another fingerprint.
+
+    Those on features of their own are lacking too where they were captured with other options.
+    """
     found = read_result(path)
     if found is None or found.get("fingerprint") != expected:
         return list(wanted)
-    return [run for run in wanted if any(run not in runs for runs in found["results"].values())]
+    captured = {run: need.spelling for run in wanted if (need := beyond(run))}
+    sets = found["results"].values()
+    return [r for r in wanted if any(r not in s or s[r].get("captured") != captured.get(r) for s in sets)]
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -29,7 +29,7 @@ from datablame.encoding import Encoding, EncodingOptions, encode_rows
 from datablame.evaluation import metrics, views
 from datablame.evaluation.finetunes import fine_tuned
 from datablame.evaluation.leak import lexical_leak
-from datablame.evaluation.scoring import keep_matrices, measured, n_classes, rounded, score_runs
+from datablame.evaluation.scoring import Scored, keep_matrices, measured, n_classes, rounded, score_runs
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
 from datablame.models import Loaded, ModelSpec, answers, load
@@ -47,6 +47,10 @@ PAPER_ENCODING = EncodingOptions(template="paper", loss_on="all", pad_to=views.P
 MAX_NEW_TOKENS = 48
 FEATURES = f"features-{SCHEMA}"
 """In a cell's folder: its stores. Those of another version are not read."""
+RESPONSES = ("reference", "generated")
+"""Of the queries: the task's own, and what the tuned model says."""
+CLOCK = "seconds.json"
+"""In a cell's folder: what each stage took."""
 MATRICES = "scores.npz"
 """In a cell's folder: the score matrices for the reference responses."""
 
@@ -115,37 +119,77 @@ def run_cell(
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Everything for one cell; the result as `benchmarks/results/` keeps it. `keep` leaves the feature stores."""
+    o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
+    stores = o.timed("features", lambda: _features(o, reporter))
+    scored = o.timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in RESPONSES})
+    result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
+    result |= _described(cell, task, o.said, stores["reference"])
+    result |= {"results": kept_results(task, scored, o.folder), "seconds": o.seconds}
+    if not keep:
+        shutil.rmtree(o.folder / FEATURES)
+    return result
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A cell with its fine-tune loaded and its queries answered.
+
+    said: answers by who gave them · rows: by set, `train` and RESPONSES · seconds: that each stage has taken so far.
+    """
+
+    folder: Path
+    loaded: Loaded
+    encoder: Encoding
+    said: Mapping[str, list[str]]
+    rows: Mapping[str, list[Example]]
+    seconds: dict[str, float]
+
+    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Do a stage, see `_timed`."""
+        return _timed(self.folder, self.seconds, stage, work)
+
+
+def opened(
+    cell: Cell,
+    task: Task,
+    work: Path,
+    model_sha256: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    reporter: Reporter = SILENT,
+) -> Opened:
+    """The stages before any features: rows, fine-tune, answers."""
     folder = work / folder_of(cell, task, model_sha256)
     folder.mkdir(parents=True, exist_ok=True)
-    clock = folder / "seconds.json"
+    clock = folder / CLOCK
     seconds: dict[str, float] = json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else {}
-
-    def timed(stage: str, work: Callable[[], Any]) -> Any:
-        """Adds to what the stage took in earlier, interrupted runs."""
-        start = time.perf_counter()
-        done = work()
-        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-        clock.write_text(json.dumps(seconds), encoding="utf-8")
-        return done
-
     write_rows(task.train, folder / "train.jsonl")
     write_rows(task.queries, folder / "queries.jsonl")
-    adapter = timed("tune", lambda: _tuned(cell, task, model_sha256, device, dtype, reporter))
+    adapter = _timed(folder, seconds, "tune", lambda: _tuned(cell, task, model_sha256, device, dtype, reporter))
     loaded = load(ModelSpec(cell.model, str(adapter), device, dtype))
     encoder = Encoding(loaded.tokenizer, _attributed(cell), loaded.max_length)
-    said = timed("answers", lambda: _answers(task, folder, loaded, encoder, reporter))
-    sets = {"reference": list(task.queries), "generated": _answered(task, said["tuned"])}
-    stores = timed("features", lambda: _features(task, sets, folder, loaded, encoder, reporter))
-    scored = timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in sets})
+    said = _timed(folder, seconds, "answers", lambda: _answers(task, folder, loaded, encoder, reporter))
+    rows = {"train": list(task.train), "reference": list(task.queries), "generated": _answered(task, said["tuned"])}
+    return Opened(folder, loaded, encoder, said, rows, seconds)
+
+
+def _timed(folder: Path, seconds: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
+    """What `work` gives; its time is added to what the stage took in earlier, interrupted runs."""
+    start = time.perf_counter()
+    done = work()
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+    (folder / CLOCK).write_text(json.dumps(seconds), encoding="utf-8")
+    return done
+
+
+def kept_results(task: Task, scored: Mapping[str, Mapping[str, Scored]], folder: Path) -> dict[str, Any]:
+    """`{set of responses: {run: …}}` for a result file; the matrices of the reference responses stay in the folder."""
     keep_matrices(folder / MATRICES, scored["reference"])
-    results = {s: {run: measured(task, run, found[run]) for run in runs} for s, found in scored.items()}
+    results = {s: {run: measured(task, run, x) for run, x in found.items()} for s, found in scored.items()}
     for found in results["generated"].values():
         found.pop("heat", None)  # pictures are of the reference responses
-    result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
-    result |= _described(cell, task, said, stores["reference"]) | {"results": results, "seconds": seconds}
-    if not keep:
-        shutil.rmtree(folder / FEATURES)
-    return result
+    return results
 
 
 def _described(cell: Cell, task: Task, said: Mapping[str, Sequence[str]], reference: FeatureStore) -> dict[str, Any]:
@@ -216,21 +260,19 @@ def _answered(task: Task, tuned: Sequence[str]) -> list[Example]:
     return [e.with_response(a if a.strip() else ".") for e, a in zip(task.queries, tuned, strict=True)]
 
 
-def _features(
-    task: Task, sets: Mapping[str, list[Example]], folder: Path, loaded: Loaded, encoder: Encoding, reporter: Reporter
-) -> dict[str, FeatureStore]:
-    engine = Engine(loaded, CaptureOptions())
+def _features(o: Opened, reporter: Reporter) -> dict[str, FeatureStore]:
+    engine = Engine(o.loaded, CaptureOptions())
     stores = {}
-    for name, examples in {"train": list(task.train), **sets}.items():
-        rows = encode_rows(encoder, examples)
+    for name, examples in o.rows.items():
+        rows = encode_rows(o.encoder, examples)
         settings = {**engine.settings(), "train_sha256": digest(examples, rows)}
         tensors = partial(engine.adapter_tensors, rows)
         store = FeatureStore.create(
-            folder / FEATURES / name, settings, views.widths(engine), examples, engine.dtype, tensors
+            o.folder / FEATURES / name, settings, views.widths(engine), examples, engine.dtype, tensors
         )
         reporter.note(f"features of {name}: {len(rows)} rows, {sum(len(r.input_ids) for r in rows):,} tokens")
         fill(store, rows, views.capture_views(engine), reporter)
-        stores[name] = FeatureStore.open(folder / FEATURES / name)
+        stores[name] = FeatureStore.open(o.folder / FEATURES / name)
     return stores
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datablame.encoding import Encoding, encode_rows
 from datablame.evaluation.cell import Cell, options
+from datablame.evaluation.costly import CHECKPOINTS
+from datablame.evaluation.suites import Beyond
 from datablame.evaluation.tasks import Task
 from datablame.evaluation.views import PAD_TO
+from datablame.extras import parse_list
 from datablame.indexing import duration
 from datablame.models import Loaded, load_tokenizer
 from datablame.tuning import make_trainer
@@ -39,9 +43,10 @@ class Plan:
         )
 
 
-def tokens(cell: Cell, task: Task) -> int:
+def tokens(cell: Cell, task: Task, needs: Iterable[Beyond] = (), *, views: bool = True) -> int:
     """Tokens forward and backward, roughly: training, three views of rows and of both sets of responses.
 
+    needs: kinds of features beyond them, each with its passes · views: are those three still to be captured?
     Answers and scores are not counted: at cpu scale they take about the time that the views, whose batches are larger,
     stay below the rate of the training.
     """
@@ -51,7 +56,23 @@ def tokens(cell: Cell, task: Task) -> int:
     padded = PAD_TO * (len(task.train) + 2 * len(task.queries))
     epochs = options(cell, task).epochs
     per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
-    return int(epochs * per_epoch + 2.3 * (train + queries) + padded)
+    usual = 2.3 * (train + queries) + padded if views else 0.0
+    more = [passes(need, len(task.train)) for need in needs]
+    return int(epochs * per_epoch + usual + sum(a * train + b * queries for a, b in more))
+
+
+def passes(need: Beyond, rows: int) -> tuple[float, float]:
+    """Forward and backward passes over so many training rows, and over the queries, that one kind of features takes.
+
+    One for the gradients, .3 for the base model, one a checkpoint, those of the extra, and the steps of its chains.
+    """
+    from datablame.extras.bif import Langevin
+
+    extras = parse_list(need.extras).values()
+    both = 1.3 + CHECKPOINTS * need.checkpoints
+    chains = sum(e.steps * e.batch / rows for e in extras if isinstance(e, Langevin))
+    on_queries = sum(e.passes for e in extras if e.on_queries)
+    return both + sum(e.passes for e in extras) + chains, both + on_queries
 
 
 def tokens_per_second(loaded: Loaded, cell: Cell, task: Task) -> float:

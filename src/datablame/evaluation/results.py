@@ -42,9 +42,24 @@ class TaskResults:
 
     @property
     def runs(self) -> list[str]:
-        """Runs that every seed has finished without an error, on both sets of responses."""
+        """Runs that every seed has finished without an error, on both sets of responses; `costly` ones left out."""
+        return [run for run in self._finished if "captured" not in self.results[0]["results"]["reference"][run]]
+
+    @property
+    def _finished(self) -> list[str]:
         found = [kind for r in self.results for kind in r["results"].values()]
         return [run for run in found[0] if all(run in f and "error" not in f[run] for f in found)]
+
+    @property
+    def with_costly(self) -> TaskResults | None:
+        """The seeds that have runs on features of their own, see costly.py; None where none has."""
+        some = [r for r in self.results if any("captured" in v for v in r["results"]["reference"].values())]
+        return replace(self, results=some) if some else None
+
+    @property
+    def costly(self) -> list[str]:
+        """Runs on features of their own that every seed has finished."""
+        return [run for run in self._finished if run not in self.runs]
 
     @property
     def failed(self) -> dict[str, str]:

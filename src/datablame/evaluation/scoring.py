@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from datablame.operators import Product
+
     Matrix = Float[np.ndarray, "m n"]
 
 
@@ -42,8 +44,14 @@ class Scored(NamedTuple):
 class CellInputs(Inputs):
     """What a method needs, from the stores of training rows and queries, under one view of the loss."""
 
-    def __init__(self, train: FeatureStore, queries: FeatureStore, view: str | None) -> None:
-        super().__init__(train, queries.examples, {})
+    def __init__(
+        self,
+        train: FeatureStore,
+        queries: FeatureStore,
+        view: str | None,
+        product: Callable[[], Product] | None = None,
+    ) -> None:
+        super().__init__(train, queries.examples, {}, product=product)
         self.query_store, self.view = queries, view or "response"
 
     def of_train(self, kind: str) -> Mapping[str, Tensor]:
@@ -57,9 +65,13 @@ class CellInputs(Inputs):
 
 
 def score_runs(
-    runs: Sequence[str], train: FeatureStore, queries: FeatureStore, reporter: Reporter
+    runs: Sequence[str],
+    train: FeatureStore,
+    queries: FeatureStore,
+    reporter: Reporter,
+    product: Callable[[], Product] | None = None,
 ) -> dict[str, Scored]:
-    """Every run on one set of responses; one that fails says why, and the others go on."""
+    """Every run on one set of responses; one that fails says why, and the others go on. product: as in `Inputs`."""
     out: dict[str, Scored] = {}
     reporter.start("score", len(runs), "runs")
     for run in runs:
@@ -67,7 +79,7 @@ def score_runs(
         start, values, error, residual = time.perf_counter(), None, "", None
         try:
             method = parse(spec)
-            values = _checked(CellInputs(train, queries, view).score(method), len(queries), len(train))
+            values = _checked(CellInputs(train, queries, view, product).score(method), len(queries), len(train))
             residual = _residual(method)
         except UserError as e:
             error = str(e)

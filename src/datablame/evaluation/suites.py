@@ -2,11 +2,14 @@
 
 A *run* is spelt `method@view`, such as `gradcos:center=1@response`; without a view the method does not look at the
 loss. Views are those of views.py.
+
+A method whose features cost passes of their own runs on the response's loss alone, see `beyond`.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 from datablame.errors import UserError, nearest
 from datablame.evaluation.views import VIEWS
@@ -57,6 +60,50 @@ CONTROLS = (
     "random",
 )
 """Run with either suite."""
+
+
+class Beyond(NamedTuple):
+    """What a run needs beyond the usual features. extras: as for `index --extras` · checkpoints: gradients there."""
+
+    extras: str | None = None
+    checkpoints: bool = False
+
+    @property
+    def spelling(self) -> str:
+        """For a result file, and the name of a folder."""
+        return " ".join([self.extras or "gradients", *(["checkpoints"] if self.checkpoints else [])])
+
+
+BEYOND = {
+    "checkpoints": Beyond(checkpoints=True),
+    "checkpoints-balanced": Beyond(checkpoints=True),
+    "checkpoints-adam": Beyond("moments", checkpoints=True),
+    "checkpoints-margin": Beyond("margin"),
+    "sampled": Beyond("sampled:draws=4"),
+    "kfac": Beyond("kfac"),
+    "hidden-gradient": Beyond("hidden-gradient:layer=change"),
+    "base-gradients": Beyond("base-gradients"),
+    "bif": Beyond("bif"),
+    "daunce": Beyond("daunce"),
+    "operator": Beyond(),
+}
+"""By what a method says in `needs`: the options that the benchmark captures with."""
+COSTLY = (
+    "tracincp@response",
+    "less@response",
+    "gauss-newton:damping=0.1@response",
+    "kfac:damping=0.1@response",
+    "ekfac:damping=0.1@response",
+    "trackstar:damping=0.1@response",
+    "trak:damping=0.1@response",
+    "dda@response",
+    "rept@response",
+    "bif@response",
+    "daunce@response",
+)
+"""Beside the suites, on one task and one seed: most cost more than three passes over the data."""
+COSTLY_CELL = ("grammars", 0)
+"""Task and seed that have them."""
 
 LADDER = (
     ("padding and prompt in the loss, as released", "graddot@padded"),
@@ -130,8 +177,20 @@ def runs(suite: Suite, methods: str | None = None) -> list[str]:
         if view or not sees_loss(name):
             out.append(spec)
         else:
-            out += [f"{name}@{v}" for v in views]
+            out += [f"{name}@{v}" for v in (("response",) if beyond(spec) else views)]
     return out
+
+
+def costly(task: str, scale: str, seed: int, recipe: str, suite: Suite) -> tuple[str, ...]:
+    """The runs of COSTLY where a cell has them. task: with its sources, so that only the invented rows have them."""
+    there = (task, seed) == COSTLY_CELL and recipe == "sound" and scale != "smoke" and suite != "paper"
+    return COSTLY if there else ()
+
+
+@cache
+def beyond(run: str) -> Beyond | None:
+    """What a run needs beyond the usual features; None where it needs none."""
+    return BEYOND.get(parse(run.partition("@")[0]).needs) or (Beyond() if run in COSTLY else None)
 
 
 def split(run: str) -> tuple[str, str | None]:
@@ -142,9 +201,11 @@ def split(run: str) -> tuple[str, str | None]:
         raise UserError(f"{run}: no such view of the loss.{nearest(view, VIEWS)}")
     if view and not sees_loss(method):
         raise UserError(f"{run}: {method} does not look at the loss; leave out @{view}.")
+    if view not in ("", "response") and beyond(method):
+        raise UserError(f"{run}: what {method} needs is captured on the response's loss alone; use {method}@response.")
     return method, view or None
 
 
 def sees_loss(method: str) -> bool:
-    """Does the method take gradients, which depend on what the loss is taken on?"""
-    return parse(method).needs.startswith(("gradients", "adam"))
+    """Does the method take losses or their gradients, which depend on what the loss is taken on?"""
+    return (needs := parse(method).needs).startswith(("gradients", "adam")) or needs in BEYOND

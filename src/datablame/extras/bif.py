@@ -60,8 +60,13 @@ class Langevin(Perturbed):
         """Draws of all chains."""
         return self.chains * self.draws
 
+    @property
+    def steps(self) -> int:
+        """Of all chains, each of `batch` rows."""
+        return self.chains * (self.burn + self.draws * self.every)
+
     def prepare(self, engine: Engine, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """The chains, one after the other: `chains (burn + draws × every)` steps of `batch` rows."""
+        """The chains, one after the other: `steps` of `batch` rows."""
         import torch
 
         start = own_weights(engine)

@@ -1,0 +1,140 @@
+"""Runs of a cell whose features cost passes of their own: gradients at checkpoints, and all that is an extra.
+
+Each kind of features is captured beside the usual ones, scored, and deleted before the next, so that one that fails
+takes no other with it, and the disk holds one at a time. An interrupted capture goes on where it was.
+
+    in the cell's folder        CAPTURED-SCHEMA (train, reference, generated), such as kfac-3
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datablame.checkpoints import find
+from datablame.encoding import encode_rows
+from datablame.errors import UserError
+from datablame.evaluation.cell import RESPONSES, Opened, kept_results
+from datablame.evaluation.scoring import Scored, score_runs
+from datablame.evaluation.suites import Beyond, beyond, split
+from datablame.evaluation.tasks import Task
+from datablame.extras import parse_list
+from datablame.indexing import CaptureOptions, Engine, Reporter, digest, fill
+from datablame.methods import parse
+from datablame.store import SCHEMA, DiskError, FeatureStore, check_disk
+from datablame.tracing import product_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datablame.encoding import Encoded
+    from datablame.examples import Example
+
+    Results = dict[str, dict[str, Scored]]
+
+CHECKPOINTS = 4
+"""So many of a training are taken, about as far apart; the last is the adapter's own."""
+OPERATOR = {"rows": 32, "queries": 8, "steps": 20}
+"""Limits for products with the live model's curvature: each takes passes over all rows for every query."""
+
+
+def groups(runs: Sequence[str]) -> dict[Beyond, list[str]]:
+    """Runs by what they need; those that need nothing beyond the usual are left out."""
+    out: dict[Beyond, list[str]] = {}
+    for run in runs:
+        if need := beyond(run):
+            out.setdefault(need, []).append(run)
+    return out
+
+
+def costly_results(
+    o: Opened, task: Task, need: Beyond, runs: Sequence[str], *, keep: bool, reporter: Reporter
+) -> dict[str, dict[str, Any]]:
+    """`{set of responses: {run: …}}` as a result file keeps it, beside it `captured`, and the seconds of that.
+
+    Where the features cannot be captured, every run says why.
+    """
+    start, refused = time.perf_counter(), {run: why for run in runs if (why := _refused(run, task))}
+    scored: Results = {s: {run: Scored(None, why, 0.0) for run, why in refused.items()} for s in RESPONSES}
+    left, seconds = [run for run in runs if run not in refused], 0.0
+    steps: list[int] = []
+    folder = o.folder / f"{re.sub('[^a-z0-9]+', '-', need.spelling)}-{SCHEMA}"
+    try:
+        options, steps = _options(o, need)
+        stores = _captured(o, options, folder, reporter) if left else {}
+        seconds = round(time.perf_counter() - start, 1)
+        for s in RESPONSES if left else ():
+            product = lambda: product_of(stores["train"], o.loaded, o.encoder)  # noqa: E731
+            scored[s] |= score_runs(left, stores["train"], stores[s], reporter, product)
+    except DiskError:  # no fault of the method
+        raise
+    except UserError as e:
+        for s in RESPONSES:
+            scored[s] |= {run: Scored(None, str(e), 0.0) for run in left}
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    results = kept_results(task, scored, o.folder)
+    captured = {"captured": need.spelling, "capture_seconds": seconds} | ({"checkpoints": steps} if steps else {})
+    return {s: {run: found[run] | captured for run in runs} for s, found in results.items()}
+
+
+def _refused(run: str, task: Task) -> str:
+    """Why this run is beyond a limit; empty where it is not."""
+    method = parse(split(run)[0])
+    if method.needs != "operator":
+        return ""
+    sizes = {"rows": len(task.train), "queries": len(task.queries), "steps": getattr(method, "steps", 0)}
+    if not [what for what, size in sizes.items() if size > OPERATOR[what]]:
+        return ""
+    most = ", ".join(f"{limit} {what}" for what, limit in OPERATOR.items())
+    return f"{sizes['rows']} rows, {sizes['queries']} queries, {sizes['steps']} steps: a cell allows at most {most}."
+
+
+def _options(o: Opened, need: Beyond) -> tuple[CaptureOptions, list[int]]:
+    """How to capture, and the steps of the checkpoints: those nearest to equal parts of the training."""
+    if not need.checkpoints:
+        return CaptureOptions(extras=need.extras), []
+    there = [c.step for c in find(str(o.loaded.spec.adapter), "all")]
+    parts = [there[-1] * k / CHECKPOINTS for k in range(1, CHECKPOINTS + 1)]
+    steps = sorted({min(there, key=lambda s: abs(s - part)) for part in parts})
+    return CaptureOptions(checkpoints=",".join(map(str, steps)), extras=need.extras), steps
+
+
+def _captured(o: Opened, options: CaptureOptions, folder: Path, reporter: Reporter) -> dict[str, FeatureStore]:
+    """Training rows with all that `datablame index` would capture, queries with all that `datablame trace` would."""
+    of_queries = ",".join(spec for spec, extra in parse_list(options.extras).items() if extra.on_queries)
+    engines = {"train": Engine(o.loaded, options)}
+    engines |= dict.fromkeys(RESPONSES, Engine(o.loaded, replace(options, extras=of_queries or None)))
+    encoded = {name: encode_rows(o.encoder, examples) for name, examples in o.rows.items()}
+    needed = sum(engines[name].row_bytes * len(rows) for name, rows in encoded.items()) + engines["train"].sum_bytes
+    check_disk(folder, needed)
+    stores: dict[str, FeatureStore] = {}
+    for name, rows in encoded.items():
+        settings = {**engines[name].settings(), "train_sha256": digest(o.rows[name], rows)}
+        stores[name] = _store(engines[name], folder / name, settings, o.rows[name], rows, stores.get("train"), reporter)
+    return stores
+
+
+def _store(
+    engine: Engine,
+    folder: Path,
+    settings: Mapping[str, Any],
+    examples: list[Example],
+    rows: list[Encoded],
+    train: FeatureStore | None,
+    reporter: Reporter,
+) -> FeatureStore:
+    """One store. train: of the training rows, where extras find what they prepared; None for that store itself."""
+
+    def tensors() -> dict[str, Tensor]:
+        return engine.adapter_tensors(rows) if train is None else {}
+
+    store = FeatureStore.create(folder, settings, engine.widths, examples, engine.dtype, tensors)
+    fill(store, rows, partial(engine.capture, kept=(train or store).adapter), reporter)
+    return FeatureStore.open(folder)
