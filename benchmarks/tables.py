@@ -180,7 +180,13 @@ def learnt(found: dict[str, TaskResults]) -> str:
     return bench_tables.markdown(rows) + "".join(notes)
 
 
-STAGES = {"tune": "fine-tune", "answers": "answers", "features": "features", "scores": "scores"}
+STAGES = {
+    "tune": "fine-tune",
+    "answers": "answers",
+    "features": "features",
+    "scores": "scores",
+    "costly": "features of their own",
+}
 
 
 def hours(by_recipe: dict[str, dict[str, TaskResults]]) -> str:
@@ -199,8 +205,16 @@ def hours(by_recipe: dict[str, dict[str, TaskResults]]) -> str:
     return f"{bench_tables.markdown(rows)}\n\n{machines}; {threads} thread(s) a process."
 
 
+def costly(found: dict[str, TaskResults]) -> str:
+    """Methods on features of their own: every task that has them."""
+    tables = {results.heading: bench_tables.costly_rows(results) for results in found.values()}
+    there = [f"{heading}\n\n{bench_tables.markdown(rows)}" for heading, rows in tables.items() if rows]
+    return "\n\n".join(there) or "*Not run yet.*"
+
+
 BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "learnt": learnt,
+    "costly": costly,
     "headline": lambda found: bench_tables.markdown(bench_tables.headline_rows(found)),
     "ladder": lambda found: bench_tables.markdown(bench_tables.ladder_rows(found)),
     **{

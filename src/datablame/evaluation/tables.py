@@ -126,9 +126,11 @@ def sides(found: Mapping[str, TaskResults]) -> Rows:
 # ---------------------------------------------------------------- tables
 
 
-def task_rows(results: TaskResults, kind: str = "reference", group: str = "main") -> Rows:
-    """All runs of one task: every metric with its interval, what is significant of MARKED, the accuracy by seed."""
-    runs = results.runs
+def task_rows(
+    results: TaskResults, kind: str = "reference", group: str = "main", runs: Sequence[str] | None = None
+) -> Rows:
+    """Runs of one task, all by default: every metric with its interval, what is significant, the accuracy by seed."""
+    runs = results.runs if runs is None else runs
     tests: dict[tuple[str, str, str], Tested] = {}
     for metric in MARKED:
         tests |= _by_column(metric, against([results], pairs(runs, runs), metric, kind, group))
@@ -143,6 +145,31 @@ def task_rows(results: TaskResults, kind: str = "reference", group: str = "main"
     chance = [f"{results.chance(m, group):.2f}" for m in METRICS]
     rows.append(["chance", *chance, ""])
     return [["run", *(HEADINGS[m] for m in METRICS), "top-1 by seed"], *rows]
+
+
+def costly_rows(results: TaskResults) -> Rows | None:
+    """Methods on features of their own, with the minutes that took, on the seeds that have them; below, what is cheaper.
+
+    Runs that share features share the minutes. None where there are no such runs.
+    """
+    there = results.with_costly
+    if there is None or not there.costly:
+        return None
+    beside = [run for run in dict.fromkeys([*BESIDE_COSTLY, *REFERENCES.values()]) if run in there.runs]
+    head, *rows = task_rows(there, runs=[*there.costly, *beside])
+    of = {run: [r["results"]["reference"][run]["capture_seconds"] for r in there.results] for run in there.costly}
+    minutes = [f"{sum(of[run]) / len(of[run]) / 60:.1f}" if run in of else "" for run in [*there.costly, *beside]]
+    return [[*head, "features, min"], *([*row, m] for row, m in zip(rows, [*minutes, ""], strict=True))]
+
+
+BESIDE_COSTLY = (
+    "graddot@response",
+    "gradcos:over=row@response",
+    "datainf:damping=0.1@response",
+    "exact:damping=0.1@response",
+    "repsim:layer=middle,text=response",
+)
+"""What a table of costly methods shows beside them."""
 
 
 def behaving_rows(results: TaskResults) -> Rows | None:

@@ -29,6 +29,7 @@ from datablame.evaluation.retraining import (
     top_rows,
 )
 from datablame.evaluation.scoring import read_matrices, rounded
+from datablame.evaluation.suites import beyond
 from datablame.evaluation.tables import REFERENCES
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
@@ -168,7 +169,9 @@ def _chosen(
         return list(dict.fromkeys(runs))
     if kind == "removal":
         return list(REMOVED)
-    return list(scores) if scores is not None else list(old["runs"]) if old else []
+    if scores is not None:
+        return [run for run in scores if not beyond(run)]  # those are of one seed, and seeds must have the same runs
+    return list(old["runs"]) if old else []
 
 
 def _recipe(cell: Cell, task: Task) -> dict[str, Any]:

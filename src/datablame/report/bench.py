@@ -18,6 +18,7 @@ from datablame.evaluation.tables import (
     PAPER_TABLES,
     Rows,
     behaving_rows,
+    costly_rows,
     headline_rows,
     ladder_rows,
     paper_rows,
@@ -65,6 +66,7 @@ def _task(results: TaskResults) -> dict[str, Any]:
     tables: dict[str, Rows | None] = {"reference responses": task_rows(results)}
     tables["the model's own answers"] = task_rows(results, "generated")
     tables["the model's own answers, where they show their class's behaviour"] = behaving_rows(results)
+    tables["methods on features of their own, by seeds that have them"] = costly_rows(results)
     for group in results.groups()[1:]:
         if len(results.groups()) > 2:
             tables[f"queries: {group}"] = task_rows(results, "reference", group)
