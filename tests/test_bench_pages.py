@@ -14,7 +14,7 @@ import pytest
 from datablame.errors import UserError
 from datablame.evaluation import results as results_module
 from datablame.evaluation import tasks
-from datablame.evaluation.bench import read_result, to_json
+from datablame.evaluation.bench import lacking, read_result, save, to_json
 from datablame.evaluation.cell import Cell, fingerprint
 from datablame.evaluation.results import TaskResults, is_old, load_results
 from datablame.evaluation.suites import FIGURE, LADDER, REPSIM_LADDER
@@ -229,11 +229,35 @@ def test_pages_have_both_ladders_the_released_files_and_the_hours(script: Module
     assert "| run | released-math |" in table(script, "table3")
     assert "released files: released-math |" in table(script, "headline")
     hours = table(script, "hours")
-    assert "| sound | 3 | 3.00 | 1.50 | 0.75 | 0.07 | 5.33 |" in hours  # 270 s are .075 h, in binary a hair below
-    assert "| paper | 1 | 1.00 | 0.50 | 0.25 | 0.03 | 1.77 |" in hours
+    assert "| sound | 3 | 3.00 | 1.50 | 0.75 | 0.07 | 0.00 | 5.33 |" in hours  # 270 s are .075 h, in binary a hair below
+    assert "| paper | 1 | 1.00 | 0.50 | 0.25 | 0.03 | 0.00 | 1.77 |" in hours
     assert "| all | 4 |" in hours
     assert "a machine; 1 or 2 thread(s) a process." in hours
     assert "is left out" not in table(script, "learnt")
     write(tmp_path / "bench", ours[1] | {"title": "of old"})
     script._found.cache_clear()
     assert "facts: seed 1 is left out" in table(script, "learnt")
+
+
+def test_numbers_on_answers_behind_the_reference_are_in_no_table(tmp_path: Path) -> None:
+    """Older results have them; what is of the reference responses stays."""
+    old, new = made("facts", 0), made("facts", 1)
+    del old["answered"]
+    write(tmp_path, old, new, made("mixed-hard", 0))
+    found = load_results(tmp_path, "tiny", "cpu")
+    assert found["mixed-hard"].answered
+    assert not found["facts"].answered
+    assert [r["seed"] for r in found["facts"].results] == [0, 1]
+    assert found["facts"].runs == [*RUNGS, "length"]
+    (note,) = found["facts"].left_out
+    assert note.startswith("facts: seed 0 has no numbers on the model's own answers")
+    page = write_bench(found, tmp_path / "page.html").read_text()
+    assert page.count("<summary>the model&#39;s own answers</summary>") == 1
+    # A result that is joined by runs of today loses the old ones on its answers, so that they are run again.
+    path = tmp_path / "tiny" / "cpu" / "facts-sound-s0.json"
+    joining = {kind: {"bm25": {}} for kind in old["results"]}
+    save(path, made("facts", 0) | {"results": joining})
+    kept = json.loads(path.read_text())["results"]
+    assert set(kept["reference"]) == {*RUNGS, "length", "bm25"}
+    assert set(kept["generated"]) == {"bm25"}
+    assert lacking(path, old["fingerprint"], ["bm25", "length"]) == ["length"]

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import write_jsonl
 from datablame.errors import UserError
-from datablame.examples import Columns, load_examples
+from datablame.examples import Columns, from_prompt, load_examples
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 
@@ -145,3 +145,13 @@ def test_other_bad_files(tmp_path: Path) -> None:
     folder.mkdir()
     with pytest.raises(UserError, match="not a `datasets` directory"):
         load_examples(folder)
+
+
+def test_another_answer_takes_the_place_of_the_first() -> None:
+    asked, answered = from_prompt("Name a fruit."), from_prompt("Name a fruit.", "A pear.")
+    assert asked.with_response("A fig.").messages == answered.with_response("A fig.").messages
+    assert [m["content"] for m in answered.with_response("A fig.").messages] == ["Name a fruit.", "A fig."]
+    assert [m["content"] for m in from_prompt("Name a fruit.", "", against="A fig.").instead().messages] == [
+        "Name a fruit.",
+        "A fig.",
+    ]

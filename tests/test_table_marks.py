@@ -48,7 +48,8 @@ def made(
             kind[run]["accuracy"] = (rng.random(m) < level + (0.3 if k % 3 else -0.3)).astype(float).tolist()
     leak = {"prompt": 0.75, "response": 0.25 + seed / 10, "shows": "prompt" if seed < 2 else "both"}
     return {
-        "version": 1, "fingerprint": f"{task}{seed}", "model": "tiny", "task": task, "scale": "cpu", "seed": seed,
+        "answered": 2, "version": 1, "fingerprint": f"{task}{seed}", "model": "tiny", "task": task, "scale": "cpu",
+        "seed": seed,
         "recipe": "sound", "title": f"{task} <b>", "rows": 10, "labels": ["x"] * 10, "main": main,
         "recipe_options": {"rate": 1e-3, "seed": seed}, "leak": leak, "queries": queries,
         "learnt": {"learnt": True, "behaves": {"tuned": 1.0, "base": 0.0}, "loss": {"tuned": 1.0, "base": 2.0}},

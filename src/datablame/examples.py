@@ -62,15 +62,16 @@ class Example:
         return "\n".join(m["content"] for m in turns)
 
     def with_response(self, response: str) -> Example:
-        """The same conversation, answered."""
-        return replace(self, messages=(*self.messages, {"role": "assistant", "content": response}))
+        """The same conversation, answered so: in place of the last turn, where that is an answer already."""
+        answered = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        turns = self.messages[:-1] if answered else self.messages
+        return replace(self, messages=(*turns, {"role": "assistant", "content": response}))
 
     def instead(self) -> Example:
         """The same query with `against` for its response."""
         if not self.messages:
             return replace(self, text=self.against or "")
-        turns = self.messages[:-1] if self.response else self.messages
-        return replace(self, messages=turns).with_response(self.against or "")
+        return self.with_response(self.against or "")
 
 
 def from_prompt(prompt: str, response: str | None = None, id: Id = 0, against: str | None = None) -> Example:

@@ -232,11 +232,12 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a result; runs of an earlier one with the same fingerprint stay."""
+    """Write a result; runs of an earlier one with the same fingerprint stay, but for wrong ones (see ANSWERED)."""
     old = read_result(path)
     if old is not None and old["fingerprint"] == result["fingerprint"]:
         for kind, found in result["results"].items():
-            result["results"][kind] = old["results"].get(kind, {}) | found
+            wrong = kind == "generated" and old.get("answered") != result.get("answered")
+            result["results"][kind] = found if wrong else old["results"].get(kind, {}) | found
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(to_json(result), encoding="utf-8")

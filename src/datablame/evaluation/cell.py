@@ -4,7 +4,7 @@
     data       train.jsonl, queries.jsonl          the task and its seed
     tune       (finetunes/, see finetunes.py)      the rows and the recipe
     answers    answers.json                        the queries, answered by the tuned and by the base model
-    features   features-SCHEMA/ (train, reference, generated)   stores: all views of the loss, hidden states
+    features   features-VERSION/ (train, reference, generated)   stores: all views of the loss, hidden states
     scores     the result, a small JSON            every run (`method@view`) on both sets of responses
 
 The folder's name carries a digest of everything that decides its content, so that nothing stale is ever read. The
@@ -41,11 +41,14 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of a result file. Another number means that old results are run again."""
+ANSWERED = 2
+"""Of the numbers on the model's own answers, `answered` in a result file. Those of 1 are wrong: the answer stood behind
+the reference response, which was attributed with it."""
 RECIPES = ("sound", "paper")
 PAPER_ENCODING = EncodingOptions(template="paper", loss_on="all", pad_to=views.PAD_TO)
 """The released code's rows: no end-of-text token, and a BOS where the tokenizer adds one by itself, as Llama's does."""
 MAX_NEW_TOKENS = 48
-FEATURES = f"features-{SCHEMA}"
+FEATURES = f"features-{SCHEMA}-{ANSWERED}"
 """In a cell's folder: its stores. Those of another version are not read."""
 RESPONSES = ("reference", "generated")
 """Of the queries: the task's own, and what the tuned model says."""
@@ -124,7 +127,7 @@ def run_cell(
     scored = o.timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in RESPONSES})
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, o.said, stores["reference"])
-    result |= {"results": kept_results(task, scored, o.folder), "seconds": o.seconds}
+    result |= {"answered": ANSWERED, "results": kept_results(task, scored, o.folder), "seconds": o.seconds}
     if not keep:
         shutil.rmtree(o.folder / FEATURES)
     return result

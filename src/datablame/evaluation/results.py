@@ -14,7 +14,7 @@ import numpy as np
 
 from datablame.errors import UserError
 from datablame.evaluation.bench import read_result
-from datablame.evaluation.cell import Cell, fingerprint
+from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
 from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, holm, interval, intervals
 from datablame.evaluation.tasks import build
 
@@ -60,6 +60,11 @@ class TaskResults:
     def costly(self) -> list[str]:
         """Runs on features of their own that every seed has finished."""
         return [run for run in self._finished if run not in self.runs]
+
+    @property
+    def answered(self) -> bool:
+        """Has every seed numbers on the model's own answers?"""
+        return all("generated" in r["results"] for r in self.results)
 
     @property
     def failed(self) -> dict[str, str]:
@@ -128,7 +133,7 @@ def _of_group(result: dict[str, Any], values: Sequence[float], group: str) -> li
 
 
 def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound") -> dict[str, TaskResults]:
-    """`{task: results}` of what is there; seeds of an older version or of another kind are left out, and named.
+    """`{task: results}` of what is there; what is of an older version, or of another kind, is left out, and named.
 
     Every note begins with its task. That of a task of which nothing is left stands with the first that is there.
     Raises UserError where nothing is.
@@ -146,6 +151,12 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
             )
         else:
             found.setdefault(result["task"], []).append(result)
+            if result.get("answered") != ANSWERED:
+                del result["results"]["generated"]
+                notes.append(
+                    f"{result['task']}: seed {result['seed']} has no numbers on the model's own answers, which an "
+                    "older version took together with the reference responses. Delete its file and run the cell again."
+                )
     if not found:
         raise UserError(
             " ".join([f"{folder}: no results under the {recipe} recipe.", *notes, "Run `datablame bench run` first."])

@@ -64,8 +64,9 @@ def _task(results: TaskResults) -> dict[str, Any]:
     """Facts and tables of one task."""
     first = results.results[0]
     tables: dict[str, Rows | None] = {"reference responses": task_rows(results)}
-    tables["the model's own answers"] = task_rows(results, "generated")
-    tables["the model's own answers, where they show their class's behaviour"] = behaving_rows(results)
+    if results.answered:
+        tables["the model's own answers"] = task_rows(results, "generated")
+        tables["the model's own answers, where they show their class's behaviour"] = behaving_rows(results)
     tables["methods on features of their own, by seeds that have them"] = costly_rows(results)
     for group in results.groups()[1:]:
         if len(results.groups()) > 2:
