@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bench_cases import tiny
 from datablame.errors import UserError
 from datablame.evaluation import results as results_module
 from datablame.evaluation import tasks
@@ -20,7 +21,6 @@ from datablame.evaluation.results import TaskResults, is_old, load_results
 from datablame.evaluation.suites import FIGURE, LADDER, REPSIM_LADDER
 from datablame.paper import attribution
 from datablame.report.bench import context, write_bench
-from test_bench import tiny
 from test_table_marks import BM25, RUNGS, made, stacked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -229,7 +229,9 @@ def test_pages_have_both_ladders_the_released_files_and_the_hours(script: Module
     assert "| run | released-math |" in table(script, "table3")
     assert "released files: released-math |" in table(script, "headline")
     hours = table(script, "hours")
-    assert "| sound | 3 | 3.00 | 1.50 | 0.75 | 0.07 | 0.00 | 5.33 |" in hours  # 270 s are .075 h, in binary a hair below
+    assert (
+        "| sound | 3 | 3.00 | 1.50 | 0.75 | 0.07 | 0.00 | 5.33 |" in hours
+    )  # 270 s are .075 h, in binary a hair below
     assert "| paper | 1 | 1.00 | 0.50 | 0.25 | 0.03 | 0.00 | 1.77 |" in hours
     assert "| all | 4 |" in hours
     assert "a machine; 1 or 2 thread(s) a process." in hours

@@ -15,6 +15,7 @@ from filelock import FileLock
 from scipy.stats import spearmanr
 
 import conftest
+from bench_cases import METHODS, one_task, run, tiny
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import retraining, tasks, truth
@@ -24,7 +25,6 @@ from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import REFERENCES
 from datablame.evaluation.truth_tables import lds_rows, load_truth, removal_rows, truth_text, truth_title
 from datablame.models import ModelSpec, load
-from test_bench import METHODS, one_task, run, tiny
 
 __all__ = ["one_task"]  # a fixture that every test here uses
 

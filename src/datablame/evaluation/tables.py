@@ -148,7 +148,7 @@ def task_rows(
 
 
 def costly_rows(results: TaskResults) -> Rows | None:
-    """Methods on features of their own, with the minutes that took, on the seeds that have them; below, what is cheaper.
+    """Methods on features of their own, and the minutes those took, on the seeds that have them; below, cheaper ones.
 
     Runs that share features share the minutes. None where there are no such runs.
     """

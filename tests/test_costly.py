@@ -1,0 +1,272 @@
+"""Runs of a cell on features of their own: the numbers of `index` and `trace`, resuming, what fails alone, the plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import datablame
+from bench_cases import one_task, run, tiny
+from conftest import write_jsonl
+from datablame.errors import UserError
+from datablame.evaluation import bench as bench_module
+from datablame.evaluation import cell as cell_module
+from datablame.evaluation import costly, finetunes, forecast, metrics, suites
+from datablame.evaluation.cell import Cell
+from datablame.evaluation.results import load_results
+from datablame.evaluation.scoring import read_matrices
+from datablame.evaluation.suites import BEYOND, COSTLY, Beyond, beyond, runs
+from datablame.evaluation.tables import costly_rows
+from datablame.evaluation.tasks.base import Task
+from datablame.extras import perturbed
+from datablame.indexing import CaptureOptions
+from datablame.report.bench import write_bench
+from datablame.store import DiskError
+
+__all__ = ["one_task"]  # a fixture that every test here uses
+
+QUICK = {"bif": Beyond("bif:chains=2,draws=2,burn=1,every=1"), "daunce": Beyond("daunce:models=3")}
+"""Fewer passes than the benchmark's own options."""
+ALL = [*COSTLY, "cg:steps=3@response"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for need, options in QUICK.items():
+        monkeypatch.setitem(BEYOND, need, options)
+    beyond.cache_clear()
+    monkeypatch.setattr(bench_module, "build", lambda name, scale, seed, **kw: task())
+    yield
+    beyond.cache_clear()
+
+
+def task() -> Task:
+    """With three epochs of two steps, whose checkpoints are not alike."""
+    return replace(tiny(), recipe=replace(tiny().recipe, epochs=3))
+
+
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """The cell's in the cache, and its adapter."""
+    (cell,) = (tmp_path / "cache" / "bench").iterdir()
+    (adapter,) = (tmp_path / "cache" / "finetunes").glob("*/adapter")
+    return cell, adapter
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_every_costly_run_has_the_numbers_of_index_and_trace(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once, as a user would: one index for what is at checkpoints, one for the other extras."""
+    ours: dict[str, dict[str, Any]] = {"reference": {}, "generated": {}}
+    keep_results = costly.kept_results
+
+    def spied(task: Task, scored: costly.Results, folder: Path) -> dict[str, Any]:
+        for kind, found in scored.items():
+            ours[kind] |= {name: x.values for name, x in found.items()}
+        return keep_results(task, scored, folder)
+
+    monkeypatch.setattr(costly, "kept_results", spied)
+    (path,) = run(model_dir, tmp_path / "out", methods=",".join(["bm25", *ALL]))
+    results = json.loads(path.read_text())["results"]["reference"]
+    steps = results["tracincp@response"]["checkpoints"]
+    assert steps == [1, 3, 4, 6]  # nearest to 1.5, 3, 4.5 and 6 of 6 steps
+    cell, adapter = folders(tmp_path)
+    kept = read_matrices(cell / "scores.npz")
+    assert set(kept) == {"bm25", *ALL}
+    said = json.loads((cell / "answers.json").read_text())["tuned"]
+    pairs = [(e.prompt, a if a.strip() else ".") for e, a in zip(task().queries, said, strict=True)]
+    answered = write_jsonl(tmp_path / "said.jsonl", [{"prompt": p, "response": r} for p, r in pairs])
+    for late, there in ((True, ALL[:2]), (False, ALL[2:])):
+        extras = dict.fromkeys(need.extras for name in there if (need := beyond(name)) and need.extras)
+        at = ",".join(map(str, steps)) if late else None
+        options = CaptureOptions(checkpoints=at, extras=",".join(extras))
+        store = datablame.index(model_dir, cell / "train.jsonl", tmp_path / f"index{late}", adapter, capture=options)
+        for kind, file in (("reference", cell / "queries.jsonl"), ("generated", answered)):
+            found = datablame.trace(store, file, methods=[name.removesuffix("@response") for name in there]).values
+            for name, want in zip(there, found.values(), strict=True):
+                atol = 1e-4 * np.abs(want).max()
+                np.testing.assert_allclose(ours[kind][name], want, rtol=1e-3, atol=atol, err_msg=f"{kind} {name}")
+    for name in ALL:
+        np.testing.assert_allclose(kept[name], ours["reference"][name], rtol=1e-6)
+        auroc = metrics.auroc(ours["reference"][name], task().truth)
+        assert results[name]["auroc"] == pytest.approx(auroc, abs=1e-4)
+    assert len({kept[name].tobytes() for name in ALL}) == len(ALL)
+
+
+def test_they_join_a_result_that_is_there_and_leave_no_stores(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = run(model_dir, tmp_path / "out", methods="graddot@response,bm25:text=both,repsim:layer=last,text=prompt")
+    before = json.loads(path.read_text())
+    monkeypatch.setattr(bench_module, "run_cell", lambda *a, **k: pytest.fail("the usual features were captured again"))
+    run(model_dir, tmp_path / "out", methods="kfac,trackstar:damping=0.1@response")
+    after = json.loads(path.read_text())
+    for kind, found in before["results"].items():
+        assert {k: v for k, v in after["results"][kind].items() if k in found} == found
+    assert set(after["results"]["reference"]) - set(before["results"]["reference"]) == {
+        "kfac@response",
+        "trackstar:damping=0.1@response",
+    }
+    changed = {"results", "seconds"}
+    assert {k: v for k, v in after.items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
+    assert after["seconds"]["all"] == pytest.approx(before["seconds"]["all"] + after["seconds"]["costly"], abs=0.2)
+    cell, _ = folders(tmp_path)
+    assert {p.name for p in cell.iterdir() if p.is_dir()} == set()
+    run(model_dir, tmp_path / "out", methods="kfac", keep=True)  # done: nothing is captured
+    # They stand in a table of their own, beside cheaper ones, and in no other.
+    results = load_results(tmp_path / "out", str(model_dir), "smoke")["tiny"]
+    assert results.runs == list(before["results"]["reference"])
+    rows = costly_rows(results)
+    assert rows
+    shown = ["kfac@response", "trackstar:damping=0.1@response", "graddot@response", *results.runs[2:], results.runs[1]]
+    assert [row[0] for row in rows[1:-1]] == [f"`{name}`" for name in shown]
+    assert rows[0][-1] == "features, min"
+    assert [bool(row[-1]) for row in rows[1:]] == [True, True, *[False] * 4]
+    assert "kfac@response" in write_bench({"tiny": results}, tmp_path / "page.html").read_text()
+    other = replace(results, results=[before | {"seed": 1}, *results.results])  # a seed without them
+    assert [row[0] for row in costly_rows(other) or []] == [row[0] for row in rows]
+    assert costly_rows(replace(results, results=[before])) is None
+
+
+# ---------------------------------------------------------------- interruptions and failures
+
+
+def test_an_interrupted_capture_goes_on(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done is in the file; the store that was begun is finished, and the rows in it are not captured again."""
+    wanted = "bm25,kfac,gauss-newton:damping=0.1"
+    straight = json.loads(run(model_dir, tmp_path / "straight", methods=wanted)[0].read_text())["results"]
+    cell, _ = folders(tmp_path)
+    fill, calls = costly.fill, []
+
+    def broken(store: Any, *args: Any) -> None:
+        calls.append(f"{store.path.parent.name}/{store.path.name}")
+        if calls[-1] == "sampled-draws-4-3/reference":
+            raise KeyboardInterrupt
+        fill(store, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(costly, "fill", broken)
+        with pytest.raises(KeyboardInterrupt):
+            run(model_dir, tmp_path / "resumed", methods=wanted)
+    path = bench_module.result_path(tmp_path / "resumed", Cell(str(model_dir), "tiny", "smoke", 0))
+    assert set(json.loads(path.read_text())["results"]["reference"]) == {"bm25", "kfac@response"}
+    assert (cell / "sampled-draws-4-3" / "train" / "shard-00000.safetensors").exists()
+    notes: list[str] = []
+
+    class Told(bench_module.Reporter):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    with monkeypatch.context() as m:
+        for module, name in ((finetunes, "tune"), (cell_module, "answers"), (bench_module, "run_cell")):
+            m.setattr(module, name, lambda *a, **k: pytest.fail("done before"))
+        run(model_dir, tmp_path / "resumed", methods=wanted, reporter=Told())
+    assert f"{cell / 'sampled-draws-4-3' / 'train'} is complete already." in notes
+    resumed = json.loads(path.read_text())["results"]
+    times = ("seconds", "capture_seconds")
+    for kind, found in straight.items():
+        for name, values in found.items():
+            same = [{k: v for k, v in x.items() if k not in times} for x in (values, resumed[kind][name])]
+            assert same[0] == same[1]
+
+
+def test_features_that_cannot_be_captured_fail_alone(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise UserError("--extras daunce: under perturbed adapter 0 a loss is not finite")
+
+    monkeypatch.setattr(perturbed.Perturbed, "capture", refuse)
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25,daunce,rept,cg:steps=21,daunce:correlation=true")
+    for found in json.loads(path.read_text())["results"].values():
+        for name in ("daunce@response", "daunce:correlation=true@response"):
+            assert found[name]["error"] == "--extras daunce: under perturbed adapter 0 a loss is not finite"
+        limits = "6 rows, 4 queries, 21 steps: a cell allows at most 32 rows, 8 queries, 20 steps."
+        assert found["cg:steps=21@response"]["error"] == limits
+        assert "error" not in found["rept@response"]
+        assert "error" not in found["bm25"]
+    results = load_results(tmp_path / "out", str(model_dir), "smoke")["tiny"]
+    assert results.costly == ["rept@response"]
+    assert set(results.failed) == {"daunce@response", "daunce:correlation=true@response", "cg:steps=21@response"}
+    monkeypatch.setattr(bench_module, "_add_costly", lambda *a: pytest.fail("a failure is a result"))
+    run(model_dir, tmp_path / "out", methods="bm25,daunce,rept")
+
+
+def test_a_full_disk_is_no_fault_of_the_method(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise DiskError("the index needs 1 MB and only 0 MB are free")
+
+    with monkeypatch.context() as m:
+        m.setattr(costly, "check_disk", full)
+        with pytest.raises(UserError, match="only 0 MB are free"):
+            run(model_dir, tmp_path / "out", methods="bm25,rept")
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25,rept")
+    assert "error" not in json.loads(path.read_text())["results"]["reference"]["rept@response"]
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def test_they_have_the_response_alone() -> None:
+    assert runs("all", "kfac,tracincp,bif,graddot@prompt") == [
+        "kfac@response",
+        "tracincp@response",
+        "bif@response",
+        "graddot@prompt",
+    ]
+    assert runs("paper", "rept") == ["rept@response"]
+    with pytest.raises(UserError, match="kfac@prompt: what kfac needs is captured on the response's loss alone; use"):
+        runs("all", "kfac@prompt")
+    assert runs("all", "trackstar@prompt") == ["trackstar@prompt"]  # made of the usual features
+    for name in COSTLY:
+        assert runs("all", name) == [name]
+        assert beyond(name)
+    assert not [name for name in runs("all") if beyond(name)]
+
+
+def test_one_task_and_one_seed_have_them_unless_methods_are_named() -> None:
+    cells = bench_module._cells("m", "cpu", ["grammars", "facts"], [0, 1], ["sound", "paper"], {})
+    wanted = bench_module._wanted(cells, "all", None)
+    assert [c.name for c, names in wanted.items() if set(COSTLY) & set(names)] == ["grammars-sound-s0"]
+    assert wanted[cells[0]] == [*runs("all"), *COSTLY]
+    assert not set(COSTLY) & {r for names in bench_module._wanted(cells, "all", "bm25").values() for r in names}
+    assert not set(COSTLY) & {r for names in bench_module._wanted(cells, "paper", None).values() for r in names}
+    smoke = bench_module._cells("m", "smoke", ["grammars"], [0], ["sound"], {})
+    assert not set(COSTLY) & set(bench_module._wanted(smoke, "all", None)[smoke[0]])
+
+
+def test_the_forecast_counts_their_passes(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the benchmark's own options
+    beyond.cache_clear()
+    want = {  # a pass, .3 for the base model; checkpoints, draws or a third of a pass a sample
+        "tracincp": (1.3 + 4, 1.3 + 4),
+        "less": (1.3 + 4, 1.3 + 4),
+        "gauss-newton": (1.3 + 4, 1.3),
+        "kfac": (1.3 + 1, 1.3),
+        "trak": (1.3 + 1, 1.3 + 1),
+        "bif": (1.3 + 20 / 3 + 4 * (20 + 5 * 4) * 8 / 120, 1.3 + 20 / 3),
+    }
+    for name, expected in want.items():
+        need = beyond(f"{name}@response")
+        assert need
+        assert forecast.passes(need, 120) == pytest.approx(expected)
+    cell = Cell(str(model_dir), "tiny", "cpu", 0)
+    usual, more = forecast.tokens(cell, task()), forecast.tokens(cell, task(), [suites.BEYOND["kfac"]])
+    again = forecast.tokens(cell, task(), [suites.BEYOND["kfac"]], views=False)
+    tokenizer = forecast.load_tokenizer(str(model_dir))
+    train, queries = (
+        sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in rows)
+        for rows in (task().train, [*task().queries] * 2)
+    )
+    assert more - usual == pytest.approx(2.3 * train + 1.3 * queries, abs=1)
+    assert again == pytest.approx(3 * train + 2.3 * train + 1.3 * queries, abs=1)
