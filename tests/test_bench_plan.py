@@ -18,7 +18,7 @@ from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import forecast
 from datablame.evaluation.bench import lacking, read_result, to_json
-from datablame.evaluation.cell import Cell, fingerprint
+from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import LADDER, PAPER, REPSIM_LADDER, SOUND, runs, split
 from datablame.models import ModelSpec, load
@@ -142,11 +142,15 @@ def test_fingerprints_and_damaged_results(tmp_path: Path) -> None:
     assert read_result(path) is None
     done = {"bm25": {}, "kfac@response": {"captured": "kfac:labels=data"}, "ekfac@response": {"captured": "kfac"}}
     results = {"reference": {**done, "length": {}}, "generated": done}
-    path.write_text(json.dumps({"version": 1, "fingerprint": "f", "results": results}))
+    path.write_text(json.dumps({"version": 1, "fingerprint": "f", "answered": ANSWERED, "results": results}))
     # On one set of responses only is not enough, nor are features captured with other options than today's.
     wanted = ["bm25", "length", "kfac@response", "ekfac@response"]
     assert lacking(path, "f", wanted) == ["length", "kfac@response"]
     assert lacking(path, "other", ["bm25"]) == ["bm25"]
+    path.write_text(
+        json.dumps({"version": 1, "fingerprint": "f", "results": results})
+    )  # the answers' numbers are wrong
+    assert lacking(path, "f", ["bm25", "length"]) == ["bm25", "length"]
 
 
 def test_results_are_json_with_a_line_a_run() -> None:

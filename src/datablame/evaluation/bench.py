@@ -10,7 +10,7 @@ from typing import Any
 
 from datablame.environment import environment
 from datablame.errors import UserError, nearest
-from datablame.evaluation.cell import RECIPES, VERSION, Cell, fingerprint, folder_of, opened, run_cell
+from datablame.evaluation.cell import ANSWERED, RECIPES, VERSION, Cell, fingerprint, folder_of, opened, run_cell
 from datablame.evaluation.costly import costly_results, groups
 from datablame.evaluation.forecast import Plan, tokens, tokens_per_second
 from datablame.evaluation.suites import Beyond, Suite, beyond, costly, runs
@@ -210,10 +210,11 @@ def _there(path: Path, expected: str) -> bool:
 def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
     """The runs that a result file does not hold; all of them where there is none, or one of another fingerprint.
 
-    Those on features of their own are lacking too where they were captured with other options.
+    All, too, where the numbers on the model's own answers are wrong (see cell.ANSWERED). Those on features of their
+    own are lacking where they were captured with other options.
     """
     found = read_result(path)
-    if found is None or found.get("fingerprint") != expected:
+    if found is None or found.get("fingerprint") != expected or found.get("answered") != ANSWERED:
         return list(wanted)
     captured = {run: need.spelling for run in wanted if (need := beyond(run))}
     sets = found["results"].values()

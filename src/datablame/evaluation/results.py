@@ -155,7 +155,7 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
                 del result["results"]["generated"]
                 notes.append(
                     f"{result['task']}: seed {result['seed']} has no numbers on the model's own answers, which an "
-                    "older version took together with the reference responses. Delete its file and run the cell again."
+                    "older version took together with the reference responses. Run the cell again."
                 )
     if not found:
         raise UserError(
