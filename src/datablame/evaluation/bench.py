@@ -203,8 +203,9 @@ def _plan(
 
 
 def _there(path: Path, expected: str) -> bool:
-    """Is there a result with this fingerprint?"""
-    return (read_result(path) or {}).get("fingerprint") == expected
+    """Is there a result with this fingerprint, and nothing wrong in it (see cell.ANSWERED)?"""
+    found = read_result(path) or {}
+    return found.get("fingerprint") == expected and found.get("answered") == ANSWERED
 
 
 def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:

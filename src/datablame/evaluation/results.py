@@ -63,7 +63,7 @@ class TaskResults:
 
     @property
     def answered(self) -> bool:
-        """Has every seed numbers on the model's own answers?"""
+        """Has every seed numbers on the model's own answers? Wrong ones of an older version are not read."""
         return all("generated" in r["results"] for r in self.results)
 
     @property
@@ -153,10 +153,6 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
             found.setdefault(result["task"], []).append(result)
             if result.get("answered") != ANSWERED:
                 del result["results"]["generated"]
-                notes.append(
-                    f"{result['task']}: seed {result['seed']} has no numbers on the model's own answers, which an "
-                    "older version took together with the reference responses. Run the cell again."
-                )
     if not found:
         raise UserError(
             " ".join([f"{folder}: no results under the {recipe} recipe.", *notes, "Run `datablame bench run` first."])

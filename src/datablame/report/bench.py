@@ -80,6 +80,7 @@ def _task(results: TaskResults) -> dict[str, Any]:
         "base": results.seeds(BASE, "auroc") if BASE in results.runs else [],
         "learnt": [r["learnt"] for r in results.results],
         "failed": results.failed,
+        "answered": results.answered,
         "tables": {caption: rows for caption, rows in tables.items() if rows},
         "top": figures.top_table(results),
     }
