@@ -95,8 +95,8 @@ def test_permuting_training_rows_permutes_scores(spec: str) -> None:
 
 
 def test_gradcos_ignores_the_scale_of_a_block_and_keeps_the_sign() -> None:
-    scaled = {k: v * (1e-20 if k == "a" else 1e15) for k, v in TRAIN.items()}
-    a, b = create("gradcos").fit(TRAIN).score(QUERY), create("gradcos").fit(scaled).score(QUERY)
+    scaled, of_query = ({k: v * (1e-20 if k == "a" else 1e15) for k, v in x.items()} for x in (TRAIN, QUERY))
+    a, b = create("gradcos").fit(TRAIN).score(QUERY), create("gradcos").fit(scaled).score(of_query)
     torch.testing.assert_close(a, b)
     minus = create("gradcos").fit({k: -v for k, v in TRAIN.items()}).score(QUERY)
     torch.testing.assert_close(minus, -a)
@@ -111,6 +111,35 @@ def test_tiny_and_huge_gradients_do_not_underflow(dtype: torch.dtype) -> None:
             train, query = ({"a": x["a"].to(dtype) * scale} for x in (TRAIN, QUERY))
             got = create("gradcos", over=over).fit(train).score(query)
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-15])
+def test_gradcos_leaves_out_blocks_of_nothing_but_rounding(dtype: torch.dtype, scale: float) -> None:
+    """Oracle: the same with zeros there. A hundred times the precision stays a gradient, whatever the block's scale."""
+
+    def made(noise: float, of_row: float, of_query: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        train, query = ({k: x.to(dtype, copy=True) for k, x in rows.items()} for rows in (TRAIN, QUERY))
+        for block in TRAIN:  # a row, and a query, without a gradient in block a
+            train[block][2] *= of_row * (noise if block == "a" else 1)
+            query[block][1] *= of_query * (noise if block == "a" else 1)
+        train["a"], query["a"] = train["a"] * scale, query["a"] * scale
+        return train, query
+
+    eps = torch.finfo(dtype).eps
+    for sizes in ((1.0, 1.0), (1e-9, 1e6)):  # rows learnt by heart are short in every block, and are gradients
+        train, query = made(eps, *sizes)
+        none, of_none = made(0, *sizes)
+        assert train["a"][2].any()
+        assert query["a"][1].any()
+        assert torch.equal(create("gradcos").fit(train).score(query), create("gradcos").fit(none).score(of_none))
+        train, query = made(100 * eps, *sizes)
+        kept = create("gradcos").fit(train).score(query)
+        torch.testing.assert_close(kept, create("gradcos").fit(TRAIN).score(QUERY).to(dtype), rtol=1e-4, atol=1e-5)
+    train, query = made(eps, 1, 1)
+    votes = create("gradcos", aggregate="rank").fit(train).score(query)
+    train, query = made(0, 1, 1)
+    assert torch.equal(votes, create("gradcos", aggregate="rank").fit(train).score(query))
 
 
 def test_a_missing_prompt_state_is_an_error() -> None:

@@ -133,6 +133,5 @@ def gap_note(scores: Scores) -> str | None:
         return None
     return (
         f"Token scores miss their row's score by up to {worst:.1%} of their absolute sum. They come from a pass over "
-        "one row, the score from a pass over a batch, and the two round differently: with a low precision, or where "
-        "the gradient of a block is zero but for rounding and gradcos makes it as long as the others."
+        "one row, the score from a pass over a batch, and the two round differently with a low precision."
     )

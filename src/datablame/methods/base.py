@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 from datablame.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     Blocks = Mapping[str, Float[Tensor, "n _"]]
@@ -179,3 +179,24 @@ def unit_rows(x: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
     # Scaling by the largest entry first keeps squares from under- or overflowing.
     x = x / x.abs().amax(dim=1, keepdim=True).clamp_min(tiny)
     return x / x.norm(dim=1, keepdim=True).clamp_min(tiny)
+
+
+ROUNDING = 10.0
+"""Times the precision of the features: what is shorter is rounding, see `rounding`."""
+
+
+def rounding(lengths: Blocks, longest: Mapping[str, Float[Tensor, ""]], eps: float) -> dict[str, Bool[Tensor, " k"]]:
+    """`{block: [k]}`: in which blocks the gradients of k rows are rounding and nothing else.
+
+    A row's gradient can be zero in some blocks and not in others (from a single token no query projection learns), and
+    arithmetic leaves rounding where the zero should be. With `r_b` its length over that of the longest training row in
+    block b, that is where `0 < r_b ≤ 10 ε max_b r_b`: free of the scale of blocks and of rows alike.
+
+    lengths: `{block: [k]}` · longest: `{block: []}`, of the training rows · eps: ε of the features' precision.
+    """
+    import torch
+
+    # A block without training gradients has cosine 0 in any case, and no measure.
+    r = torch.stack([(x / longest[b]).where(longest[b] > 0, 0.0) for b, x in lengths.items()])
+    found = (r > 0) & (r <= ROUNDING * eps * r.amax(dim=0))
+    return dict(zip(lengths, found, strict=True))

@@ -32,6 +32,8 @@ class OnGradients:
     train: Blocks
     dtype: torch.dtype
     """Of the queries' features, known after the first block; scores come back in it."""
+    eps: float
+    """Precision of the training rows' features, known likewise."""
 
     def fit(self, train: Blocks) -> Self:
         """Take `{block: [n, D]}`. Raises UserError for an empty mapping."""
@@ -42,6 +44,8 @@ class OnGradients:
 
     def pairs(self, query: Blocks) -> Iterator[Pair]:
         """(block, G, V) of each block, checked."""
+        import torch
+
         check_blocks(self.train, query)
         for block in self.train:
             g, v = check_finite(block, self.train[block]), check_finite(block, query[block])
@@ -49,7 +53,7 @@ class OnGradients:
                 raise UserError(f"block {block!r}: {g.shape[1]} numbers a training row, {v.shape[1]} a query.")
             if not len(g):
                 raise UserError(f"block {block!r}: there are no training rows.")
-            self.dtype = v.dtype
+            self.dtype, self.eps = v.dtype, torch.finfo(g.dtype).eps
             yield block, g, v
 
     def finish(self, scores: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from datablame.methods.base import unit_rows
+from datablame.methods.base import rounding, unit_rows
 from datablame.methods.blockwise import RELATIF, GradientMethod, OnGradients, Total
 from datablame.methods.gram import product, squares
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from collections.abc import Mapping
+
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
     from datablame.methods.base import Blocks
@@ -46,7 +48,8 @@ class GradCos(GradientMethod):
     """Cosine of gradients, from -1 to 1.
 
     over: `block` averages the cosines of the blocks (free of the scale between A and B), `row` takes the
-        cosine of the whole row. A zero gradient has cosine 0 with everything.
+        cosine of the whole row. A zero gradient has cosine 0 with everything, and so has a block's gradient that
+        is nothing but rounding (`base.rounding`).
     center, aggregate, gauge: see GradientMethod; the `sum` over blocks is divided by their number.
     """
 
@@ -61,9 +64,12 @@ class GradCos(GradientMethod):
     def score(self, query: Blocks) -> Float[Tensor, "m n"]:
         """`[m, n]`, between -1 and 1."""
         if self.over == "block":
-            total = Total(self.aggregate)
-            for _, g, v in self.pairs(query):
-                total.add(self._dot(unit_rows(v), unit_rows(g)))
+            lengths: dict[str, Tensor] = {}
+            total = self._by_block(query, {}, lengths)
+            m = len(next(iter(query.values())))
+            noise = rounding(lengths, {b: x[m:].max() for b, x in lengths.items()}, self.eps)
+            if any(x.any() for x in noise.values()):  # rare, and known after all blocks only
+                total = self._by_block(query, noise, lengths)
             mean = total.blocks if self.aggregate == "sum" else 1
             return self.finish(total.result() / mean)
         # Sums over blocks of very different size, and no second norm to save small ones: in float64.
@@ -71,6 +77,22 @@ class GradCos(GradientMethod):
         dot, vv, gg = (sum(part[1:], part[0]) for part in zip(*parts, strict=True))
         norms = (vv[:, None] * gg[None, :]).sqrt()
         return self.finish((dot / norms).where(norms > 0, 0.0))
+
+    def _by_block(
+        self, query: Blocks, noise: Mapping[str, Bool[Tensor, " mn"]], lengths: dict[str, Float[Tensor, " mn"]]
+    ) -> Total:
+        """The blocks' cosines, 0 for what is noise; `lengths` of the queries and the rows are filled in."""
+        import torch
+
+        total = Total(self.aggregate)
+        for block, g, v in self.pairs(query):
+            both = [unit_rows(v), unit_rows(g)]
+            lengths[block] = torch.cat([torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in (v, g)])
+            if block in noise:
+                none = noise[block][:, None].split([len(v), len(g)])
+                both = [x.masked_fill(is_noise, 0) for x, is_noise in zip(both, none, strict=True)]
+            total.add(self._dot(*both))
+        return total
 
 
 @dataclass

@@ -19,6 +19,7 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from datablame.methods.base import rounding
 from datablame.methods.gradients import GradCos, GradDot
 from datablame.methods.gram import columns, product, squares
 from datablame.methods.influence import DataInf, Exact, ExactBlock
@@ -74,15 +75,22 @@ def directions(method: Any, train: Blocks, query: Blocks, rows: Sequence[int]) -
 
 
 def _applied(method: Any, train: Blocks, x: Blocks) -> tuple[dict[str, Tensor], Sums]:
-    """`P x` of every block, and the squared lengths of the rows of x (centred, where the method centres)."""
+    """`P x` of every block, and the squared lengths of the rows of x (centred, where the method centres).
+
+    For a cosine in each block, 0 where the gradient is nothing but rounding.
+    """
     plain = method if type(method) is GradCos else replace(method, relatif=None)
     scores = plain.fit(train).score(x) if type(method) is Exact else None
-    out, lengths = {}, {}
+    out, lengths, longest = {}, {}, {}
     for block, g, v in method.fit(train).pairs(x):
         if type(method) is ExactBlock:
             scores = plain.fit({block: train[block]}).score({block: x[block]})
         out[block] = v.double() if type(method) in (GradDot, GradCos) else _inverse(method.damping, g, v, scores)
         lengths[block] = squares(v)
+        longest[block] = squares(g).max().sqrt()
+    if type(method) is GradCos and method.over == "block":
+        noise = rounding({b: q.sqrt() for b, q in lengths.items()}, longest, method.eps)
+        lengths = {b: q.masked_fill(noise[b], 0) for b, q in lengths.items()}
     return out, lengths
 
 
