@@ -69,6 +69,37 @@ def test_self_influence_is_the_dense_formula(n: int, sizes: tuple[int, ...]) -> 
         assert (got < n).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_fewer_rows_than_weights_are_told_apart(tmp_path: Path, seed: int) -> None:
+    """Oracle: the dense formula, λ over the mean of the n eigenvalues that are not 0."""
+    n, sizes = 12, (300, 200)
+    g = gradients(n, sizes, seed)
+    size = torch.linspace(0.2, 2, n, dtype=torch.float64)[:, None]
+    g = {b: x * size for b, x in g.items()}
+    found = datablame.audit(store_of(tmp_path / "i", features(g)))
+    got = np.array([r.self_influence for r in sorted(found.rows, key=lambda r: int(r.id))])
+    whole = torch.cat(list(g.values()), dim=1)
+    lam = torch.cat([x.square().sum() / x.numel() * torch.ones(x.shape[1], dtype=x.dtype) for x in g.values()])
+    inverse = torch.linalg.inv(whole.T @ whole / n + torch.diag(lam * sum(sizes) / n))
+    np.testing.assert_allclose(got, torch.stack([x @ inverse @ x for x in whole]), rtol=1e-8)
+    assert got.mean() <= n / 2
+    assert got.max() - got.min() > n / 4
+    saturated = create("exact", damping=0.1).fit(g).self_influence()  # type: ignore[attr-defined]
+    assert saturated.min() > 0.9 * n  # what the same measure says at the damping of exact
+    assert "nearly alone" not in sentences(found, "warning")
+
+
+def test_it_says_when_self_influence_is_the_norm(tmp_path: Path) -> None:
+    g = {"b0": torch.eye(9, 30, dtype=torch.float64) * torch.arange(1.0, 10.0, dtype=torch.float64)[:, None]}
+    found = datablame.audit(store_of(tmp_path / "i", features(g)))
+    assert "The self-influence correlates 1.00 with the gradient norm" in sentences(found, "note")
+    # Eight rows in one direction and a short one in its own: not the norm.
+    g["b0"] = torch.eye(9, 30, dtype=torch.float64)[[0] * 8 + [1]] * torch.linspace(2, 1, 9, dtype=torch.float64)[:, None]
+    found = datablame.audit(store_of(tmp_path / "j", features(g)))
+    assert "correlates" not in "".join(f.sentence for f in found.findings if "with the gradient norm" in f.sentence)
+    assert found.rows[0].id == 8
+
+
 def test_numbers_of_every_row(tmp_path: Path) -> None:
     kept = features(gradients(12, (5, 7), 0))
     found = datablame.audit(store_of(tmp_path / "i", kept), damping=0.5)

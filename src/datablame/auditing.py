@@ -41,7 +41,7 @@ MEASURES = {
 class Audited:
     """One training row.
 
-    self_influence: `g H⁻¹ g` of `exact`, from 0 to n · gradient_norm: `‖g‖` over all blocks · loss: of the fine-tuned
+    self_influence: `g H⁻¹ g` with the matrix of `exact`, from 0 to n, see `audit` · gradient_norm: `‖g‖` over all blocks · loss: of the fine-tuned
     model, in nats a labelled token · drop: the base model's less that; None without an adapter · tokens: labelled
     ones · copies: rows of its group of near-copies, itself included · group: their number, None where there are none.
     """
@@ -107,10 +107,15 @@ class Audit:
         return frame.map(lambda x: html.escape(x[:120]) if isinstance(x, str) else x).to_html(escape=False)
 
 
-def audit(index: FeatureStore | str | Path, *, by: str = "self_influence", damping: float = 0.1) -> Audit:
+def audit(index: FeatureStore | str | Path, *, by: str = "self_influence", damping: float = 1.0) -> Audit:
     """Order the training rows of `index` by what stands out of each by itself.
 
-    by: `self_influence`, `gradient_norm`, `loss` or `drop`, highest first · damping: of `exact`. No model is loaded.
+    by: `self_influence`, `gradient_norm`, `loss` or `drop`, highest first. No model is loaded.
+
+    damping: of the self-influence `g (GᵀG/n + λI)⁻¹ g`, λ over the mean of the min(n, D) eigenvalues that can be above
+    0, block by block as in `exact`, whose own damping is over the mean of all D: there n rows of D ≫ n numbers leave
+    nothing but λ in most directions, and every row has n. At damping 1, n rows share at most n²/2, since the mean of
+    `σ/(σ + λ)` is at most a half.
 
     Raises UserError for an index without gradients, or one without a base model where `by` is `drop`.
     """
@@ -121,6 +126,8 @@ def audit(index: FeatureStore | str | Path, *, by: str = "self_influence", dampi
     if not gradients:
         raise UserError(f"{store.path}: holds no gradients, so no row has influence. Index with --adapter or --blocks.")
     exact: Any = create("exact", damping=damping).fit(gradients)
+    width = sum(store.manifest["widths"][f"gradients/{b}"] for b in gradients)
+    exact.damping *= width / min(len(store), width)
     norms = create("gradnorm").fit(gradients).score({b: gradients[b][:1] for b in gradients})[0]
     tokens = store.read("length")[:, 0].double().numpy()
     loss = store.read("loss")[:, 0].double().numpy() / tokens
@@ -173,8 +180,15 @@ def diagnose(measures: dict[str, Vector], tokens: Vector, groups: Sequence[int])
     """What speaks against reading the order as an order of faults."""
     findings = [_by_length(name, x, tokens) for name, x in measures.items()]
     influence, norms, n = measures["self_influence"], measures["gradient_norm"], len(tokens)
+    rho = rank_correlation(influence[None], norms[None])
+    if rho > 0.9:
+        sentence = (
+            f"The self-influence correlates {rho:.2f} with the gradient norm: here it orders rows much as the norm does, "
+            "and that a row's direction is its own adds little."
+        )
+        findings.append(Finding("note", sentence, None, {"spearman_norm_self_influence": rho}))
     share = float(np.median(influence)) / n
-    if share > 0.5:
+    if share > 0.9:
         sentence = (
             f"Half of the rows have {share:.0%} or more of the highest self-influence there can be: at this damping "
             "a row is nearly alone in its direction, and the order among them says little. Raise --damping."
