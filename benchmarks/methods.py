@@ -67,8 +67,8 @@ SUBSET_ROWS, SUBSET_BLOCKS, SUBSET_BATCH = 32, "layers.2[5-9].*", 512
 SUBSET = {
     "exact": "exact",
     "gauss-newton": "gauss-newton",
-    "cg": "cg:steps=20,probes=4",
-    "minres": "minres:steps=20,probes=4",
+    "cg": "cg:steps=10,probes=2",
+    "minres": "minres:steps=10,probes=2",
 }
 """The Fisher of the data's labels, the Gauss-Newton matrix by sampled labels, itself, and the Hessian."""
 ON_SUBSET = [s for s in SUBSET if s in ("cg", "minres")]
@@ -122,16 +122,15 @@ def measured(out: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def passes(model: Any, tokens: int, out: dict[str, Any]) -> Iterator[None]:
-    """Passes over `tokens` of the model into `out`: forward ones that are differentiated, and forward ones alone."""
+    """Tokens that went through the model, padding included, over `tokens`, into `out`: those of forward passes that are
+    differentiated, and of forward passes alone."""
     import torch
 
     seen = {"passes": 0, "forward_passes": 0}
 
     def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         del module, args
-        mask = kwargs.get("attention_mask")  # none where nothing is padded
-        size = kwargs["input_ids"].numel() if mask is None else int(mask.sum())
-        seen["passes" if torch.is_grad_enabled() else "forward_passes"] += size
+        seen["passes" if torch.is_grad_enabled() else "forward_passes"] += kwargs["input_ids"].numel()
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
     yield
@@ -322,6 +321,12 @@ def run_piece(work: Path, piece: str) -> None:
     (work / f"{piece}.json").write_text(json.dumps({**result, "load": load}, indent=1), encoding="utf-8")
 
 
+def summarise(args: argparse.Namespace) -> None:
+    """Write the JSON with --json."""
+    if args.json:
+        methods_summary.write(args.json, args.work, args.rows, pieces(), SERVES, SUBSET_BLOCKS)
+
+
 def main() -> None:
     """Run the pieces that are missing, each in a process of its own; write the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -343,10 +348,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--work", str(args.work), "--piece", piece]
         subprocess.run(command, check=True)
         print(f"{piece}: {time.perf_counter() - start:.0f} s", flush=True)
-        if args.json:
-            methods_summary.write(args.json, args.work, args.rows, pieces())
-    if args.json:
-        methods_summary.write(args.json, args.work, args.rows, pieces())
+        summarise(args)
+    summarise(args)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ NOT_ATTEMPTED = {
 }
 
 
-def write(path: Path, work: Path, rows: int, pieces: list[str]) -> None:
-    """Write what is finished."""
+def write(path: Path, work: Path, rows: int, pieces: list[str], serves: dict[str, list[str]], blocks: str) -> None:
+    """Write what is finished. serves: methods by extra · blocks: the weights of the subset."""
     done = {p: json.loads((work / f"{p}.json").read_text(encoding="utf-8")) for p in pieces if _there(work, p)}
     examples, queries = load_examples(work / "rows.jsonl"), load_examples(work / "queries.jsonl")
     labels = [e.label for e in examples]
@@ -46,11 +46,15 @@ def write(path: Path, work: Path, rows: int, pieces: list[str]) -> None:
         "queries": asked,
         "chance_recall": round(12 / len(labels), 3),
         "chance_top10": round(top_size(len(labels)) / len(labels), 3),
-        "captures": {p.removeprefix("capture-"): c for p, c in done.items() if p.startswith("capture-")},
+        "captures": {
+            (n := p.removeprefix("capture-")): {**c, "serves": serves.get(n, [])}
+            for p, c in done.items()
+            if p.startswith("capture-")
+        },
         "methods": {n: {**m, **_found(scores[n], labels, asked), **_agree(n, scores)} for n, m in ran.items()},
         "not_run": {n: m["not_run"] for n, m in methods.items() if "not_run" in m} | NOT_ATTEMPTED,
         "not_finished": [p for p in pieces if p not in done and p != "capture-moments"],
-        "subset": _subset(work, examples, done),
+        "subset": {"blocks": blocks, **_subset(work, examples, done)},
     }
     record.write(path, result)
 
