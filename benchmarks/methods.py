@@ -8,9 +8,9 @@ index of each extra's features alone, so that an extra's cost is its own. Each c
 of its own, whose peak memory is told. What is finished is kept in --work: run the command again to go on. The JSON is
 written after every piece.
 
-`--rows 60` keeps the 24 planted rows and draws the others. Methods that multiply by the curvature of the live model (cg,
-minres) run on SUBSET_ROWS rows, the planted queries and the weights of SUBSET_BLOCKS, with `exact` and `gauss-newton` on
-the same beside them. `unroll` replays a whole fine-tune for each query and is only listed.
+`--rows 60` keeps the 24 planted rows and draws the others. Methods that multiply by the curvature of the live model
+(cg, minres) run on SUBSET_ROWS rows, the planted queries and the weights of SUBSET_BLOCKS, with `exact` and
+`gauss-newton` on the same beside them. `unroll` replays a whole fine-tune for each query and is only listed.
 """
 
 from __future__ import annotations
@@ -338,7 +338,8 @@ def main() -> None:
     args = parser.parse_args()
     quiet_libraries()
     if args.piece:
-        return run_piece(args.work, args.piece)
+        run_piece(args.work, args.piece)
+        return
     prepare(args.work, args.rows, args.adapter)
     has_state = (args.adapter / "optimizer.pt").exists() or any(args.adapter.glob("checkpoint-*"))
     for piece in pieces():

@@ -107,7 +107,9 @@ def methods(r: dict[str, Any]) -> str:
             + [_two(m["query_independent_share"])]
         )
     text = f"Chance: {r['chance_recall']:.2f} of planted rows found, {r['chance_top10']:.2f} of the top 10 shared, "
-    text += f"1/{len(r['queries'])} for one ranking. {r['training_rows']} rows, {len(r['queries'])} queries, one adapter, "
+    text += (
+        f"1/{len(r['queries'])} for one ranking. {r['training_rows']} rows, {len(r['queries'])} queries, one adapter, "
+    )
     text += f"{r['machine']}, {r['threads']} thread."
     left = [f"`{name}`: {why}." for name, why in r["not_run"].items()]
     left += [f"Not finished: {', '.join(r['not_finished'])}."] if r["not_finished"] else []
@@ -155,7 +157,8 @@ def curvatures(r: dict[str, Any]) -> str:
     for a in names:
         run = s["runs"][a]
         beside = [
-            "" if a == b else f"{_two(s['beside'][a][b]['spearman'])} · {_two(s['beside'][a][b]['scaled'])}" for b in names
+            "" if a == b else f"{_two(s['beside'][a][b]['spearman'])} · {_two(s['beside'][a][b]['scaled'])}"
+            for b in names
         ]
         rows.append([CURVATURES[a], *beside, _two(run.get("residual")), f"{run['cpu_seconds']:.0f}"])
     weights = next(iter(s["runs"].values()))["weights"] if names else 0

@@ -94,7 +94,9 @@ def test_it_says_when_self_influence_is_the_norm(tmp_path: Path) -> None:
     found = datablame.audit(store_of(tmp_path / "i", features(g)))
     assert "The self-influence correlates 1.00 with the gradient norm" in sentences(found, "note")
     # Eight rows in one direction and a short one in its own: not the norm.
-    g["b0"] = torch.eye(9, 30, dtype=torch.float64)[[0] * 8 + [1]] * torch.linspace(2, 1, 9, dtype=torch.float64)[:, None]
+    g["b0"] = (
+        torch.eye(9, 30, dtype=torch.float64)[[0] * 8 + [1]] * torch.linspace(2, 1, 9, dtype=torch.float64)[:, None]
+    )
     found = datablame.audit(store_of(tmp_path / "j", features(g)))
     assert "correlates" not in "".join(f.sentence for f in found.findings if "with the gradient norm" in f.sentence)
     assert found.rows[0].id == 8

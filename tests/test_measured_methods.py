@@ -47,7 +47,9 @@ def test_extras_captured_apart_give_the_scores_of_one_index(
     for name in (*names, "exact"):
         methods.run_piece(work, f"scores-{name}")
         scale = np.abs(want.values[name]).max()
-        np.testing.assert_allclose(np.load(work / f"scores-{name}.npy"), want.values[name], rtol=2e-3, atol=1e-4 * scale)
+        np.testing.assert_allclose(
+            np.load(work / f"scores-{name}.npy"), want.values[name], rtol=2e-3, atol=1e-4 * scale
+        )
     told = json.loads((work / "capture-margin.json").read_text())
     assert 1 <= told["passes"] < 1.5  # padding is counted
     assert told["forward_passes"] == 0

@@ -14,7 +14,9 @@ def audit(
     index: Annotated[Path, typer.Argument(help="An index made by `datablame index`, with gradients.")],
     out: Annotated[Path, typer.Option(help="Directory to write to.")],
     by: Annotated[str, typer.Option(help="Order: self_influence, gradient_norm, loss, drop.")] = "self_influence",
-    damping: Annotated[float, typer.Option(help="λ of the self-influence, over the mean eigenvalue that is not 0.")] = 1.0,
+    damping: Annotated[
+        float, typer.Option(help="λ of the self-influence, over the mean eigenvalue that is not 0.")
+    ] = 1.0,
     top: Annotated[int, typer.Option(min=1, help="Training rows to list.")] = 20,
 ) -> None:
     """List the training rows to look at first, without a query; writes audit.parquet, audit.jsonl and audit.html."""
