@@ -101,16 +101,12 @@ def methods(r: dict[str, Any]) -> str:
     for name, m in r["methods"].items():
         low, high = m["interval95"]
         told = [f"`{name}`" + ("" if m["spec"] == name else f" (`{m['spec']}`)"), f"{m['seconds']:.2g}"]
+        told += [f"{m['peak_memory_gb']:.2f}", extra_of.get(name, "")]
         found = f"{m['recall']:.2f} ({low:.2f} to {high:.2f})"
-        rows.append(
-            [*told, f"{m['peak_memory_gb']:.2f}", extra_of.get(name, ""), *_agreement(m), found]
-            + [_two(m["query_independent_share"])]
-        )
+        rows.append([*told, *_agreement(m), found, _two(m["query_independent_share"])])
     text = f"Chance: {r['chance_recall']:.2f} of planted rows found, {r['chance_top10']:.2f} of the top 10 shared, "
-    text += (
-        f"1/{len(r['queries'])} for one ranking. {r['training_rows']} rows, {len(r['queries'])} queries, one adapter, "
-    )
-    text += f"{r['machine']}, {r['threads']} thread."
+    text += f"1/{len(r['queries'])} for one ranking. {r['training_rows']} rows, {len(r['queries'])} queries, "
+    text += f"one adapter, {r['machine']}, {r['threads']} thread."
     left = [f"`{name}`: {why}." for name, why in r["not_run"].items()]
     left += [f"Not finished: {', '.join(r['not_finished'])}."] if r["not_finished"] else []
     return "\n\n".join([bench_tables.markdown(rows), text, "Not run. " + " ".join(left)])
@@ -131,7 +127,7 @@ def captures(r: dict[str, Any]) -> str:
     """What the index and each extra cost."""
     heads = ["captured", "serves", "passes with gradients", "forward passes", "s of computing", "kB a row", "MB once"]
     rows = [[*heads, "peak GB"]]
-    for name, c in r["captures"].items():
+    for c in r["captures"].values():
         what = f"`--extras {c['spec']}`" if c["spec"] else "the index"
         served = ", ".join(f"`{m}`" for m in c["serves"]) or "all others"
         numbers = [f"{c['passes']:.1f}", f"{c['forward_passes']:.1f}", f"{c['cpu_seconds']:.0f}"]

@@ -118,7 +118,7 @@ def test_tiny_and_huge_gradients_do_not_underflow(dtype: torch.dtype) -> None:
 def test_gradcos_leaves_out_blocks_of_nothing_but_rounding(dtype: torch.dtype, scale: float) -> None:
     """Oracle: the same with zeros there. A hundred times the precision stays a gradient, whatever the block's scale."""
 
-    def made(noise: float, of_row: float, of_query: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def made(noise: float, of_row: float, of_query: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         train, query = ({k: x.to(dtype, copy=True) for k, x in rows.items()} for rows in (TRAIN, QUERY))
         for block in TRAIN:  # a row, and a query, without a gradient in block a
             train[block][2] *= of_row * (noise if block == "a" else 1)

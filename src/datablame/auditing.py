@@ -41,8 +41,8 @@ MEASURES = {
 class Audited:
     """One training row.
 
-    self_influence: `g H⁻¹ g` with the matrix of `exact`, from 0 to n, see `audit` · gradient_norm: `‖g‖` over all blocks · loss: of the fine-tuned
-    model, in nats a labelled token · drop: the base model's less that; None without an adapter · tokens: labelled
+    self_influence: `g H⁻¹ g` with the matrix of `exact`, from 0 to n, see `audit` · gradient_norm: `‖g‖` over all
+    blocks · loss: of the fine-tuned model, in nats a labelled token · drop: the base model's less that; None without an adapter · tokens: labelled
     ones · copies: rows of its group of near-copies, itself included · group: their number, None where there are none.
     """
 
@@ -183,8 +183,8 @@ def diagnose(measures: dict[str, Vector], tokens: Vector, groups: Sequence[int])
     rho = rank_correlation(influence[None], norms[None])
     if rho > 0.9:
         sentence = (
-            f"The self-influence correlates {rho:.2f} with the gradient norm: here it orders rows much as the norm does, "
-            "and that a row's direction is its own adds little."
+            f"The self-influence correlates {rho:.2f} with the gradient norm: here it orders rows much as the norm "
+            "does, and that a row's direction is its own adds little."
         )
         findings.append(Finding("note", sentence, None, {"spearman_norm_self_influence": rho}))
     share = float(np.median(influence)) / n
