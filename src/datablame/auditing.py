@@ -42,8 +42,9 @@ class Audited:
     """One training row.
 
     self_influence: `g H⁻¹ g` with the matrix of `exact`, from 0 to n, see `audit` · gradient_norm: `‖g‖` over all
-    blocks · loss: of the fine-tuned model, in nats a labelled token · drop: the base model's less that; None without an adapter · tokens: labelled
-    ones · copies: rows of its group of near-copies, itself included · group: their number, None where there are none.
+    blocks · loss: of the fine-tuned model, in nats a labelled token · drop: the base model's less that; None without
+    an adapter · tokens: labelled ones · copies: rows of its group of near-copies, itself included · group: their
+    number, None where there are none.
     """
 
     rank: int
