@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -337,14 +337,28 @@ def answer(loaded: Loaded, prompt_ids: list[int], max_new_tokens: int = 128) -> 
 
 
 def answers(loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, batch: int = 8) -> list[str]:
-    """Greedy answers to many prompts, `batch` of like length at a time, padded on the left and masked."""
+    """Greedy answers to many prompts; see `answers_ended`."""
+    return [text for text, _ in answers_ended(loaded, prompts, max_new_tokens, batch)]
+
+
+def answers_ended(
+    loaded: Loaded,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    batch: int = 8,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[tuple[str, bool]]:
+    """Greedy answers, and whether each ended by itself within `max_new_tokens`.
+
+    `batch` prompts of like length at a time, padded on the left and masked; on_batch: told how many more are done.
+    """
     import torch
     from transformers import GenerationConfig
 
     ends = sorted(loaded.ends)
     config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=ends[0])
     device = loaded.model.get_input_embeddings().weight.device
-    out = [""] * len(prompts)
+    out = [("", False)] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     for numbers in (order[a : a + batch] for a in range(0, len(order), batch)):
         width = max(len(prompts[i]) for i in numbers)
@@ -353,7 +367,10 @@ def answers(loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, batch
         with torch.no_grad():
             done = loaded.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         for i, row in zip(numbers, done[:, width:].tolist(), strict=True):
-            out[i] = str(loaded.tokenizer.decode(row, skip_special_tokens=True))
+            ended = any(token in loaded.ends for token in row)  # what follows the end is padding
+            out[i] = str(loaded.tokenizer.decode(row, skip_special_tokens=True)), ended
+        if on_batch:
+            on_batch(len(numbers))
     return out
 
 
