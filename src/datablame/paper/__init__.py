@@ -39,6 +39,13 @@ class Experiment:
 
 LINEAR = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 20 minutes, 4 GB of memory"}
 
+ALIGNMENT = {
+    "smoke": "minutes, the model's 93 MB fetched once",
+    "cpu": "minutes, and the three fine-tunes that they share",
+    "paper": "a GPU; never run here",
+}
+ALONG = ALIGNMENT
+
 
 def _cells(shows: str, name: str, tasks: int, seeds: int = 3) -> Experiment:
     """One that is drawn from the benchmark's cells; those that are there are not run again."""
@@ -69,6 +76,9 @@ EXPERIMENTS = {
     "figure1": _cells("the top row of each method for one query", "figure1", 1),
     "figure2": _cells("scores of queries × training rows", "figure2", 3, seeds=1),
     "figure3": Experiment("the errors of table5, drawn; the same run", LINEAR, "table5.json", "figure3"),
+    "table1": Experiment("attack success rate of four fine-tunes", ALIGNMENT, "table1.json", "table1"),
+    "table6": Experiment("change of behaviour against change of parameters", ALIGNMENT, "table6.json", "table6"),
+    "figure6": Experiment("losses, behaviour and parameters along the epochs", ALONG, "figure6.json", "figure6"),
 }
 """name -> what it is."""
 
@@ -78,6 +88,7 @@ class Request:
     """What `datablame paper run` was asked for; mnist: a folder or a hub id, None: fetch it.
 
     models: all that were named; `model` is the first. seeds: those that were named; `seed` is the first.
+    judge, judge_label, judge_labels: see `evaluation/judges.py`.
     """
 
     name: str
@@ -91,6 +102,9 @@ class Request:
     device: str | None = None
     models: tuple[str, ...] = ("smollm2-135m",)
     seeds: tuple[int, ...] | None = None
+    judge: str = "keywords"
+    judge_label: str | None = None
+    judge_labels: str | None = None
 
 
 @dataclass(frozen=True)

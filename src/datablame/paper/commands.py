@@ -48,6 +48,9 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas, in place of --seed.")] = None,
     model: Annotated[list[str], typer.Option(help="As for `datablame index`; twice where two are shown.")] = [MODEL],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.")] = None,
+    judge: Annotated[str, typer.Option(help="keywords, a text classifier, or module:function.")] = "keywords",
+    judge_label: Annotated[str | None, typer.Option(help="The classifier's label that means harmful.")] = None,
+    judge_labels: Annotated[str | None, typer.Option(help="Answers with human labels: the judge's error.")] = None,
 ) -> None:
     """Measure one, or all. A run that is already in --out is kept."""
     from datablame.console import ConsoleReporter
@@ -62,7 +65,7 @@ def run(
     check_out(out)
     first = seed if several is None else several[0]
     asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
-    request = Request(*asked)
+    request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels)
     if name == ALL:
         quiet_libraries()
         _run_all(request)

@@ -1,0 +1,31 @@
+"""Pieces of an experiment that are not made twice: JSON in the cache, named by the digest of all that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from datablame.errors import UserError
+from datablame.models import cache_dir
+
+
+def kept(kind: str, what: Any, make: Callable[[], Any]) -> Any:
+    """What `make` gave for `what`, made now where the cache does not have it.
+
+    kind: in the file's name, with a number that is raised when `make` changes, such as `answers-1`.
+    """
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    path = cache_dir() / "paper" / f"{kind}-{digest[:24]}.json"
+    if path.exists():
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise UserError(f"{path}: damaged; delete it, and it is made again.") from e
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(made, allow_nan=False), encoding="utf-8")
+    part.replace(path)
+    return made

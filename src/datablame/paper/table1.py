@@ -1,0 +1,233 @@
+"""Table 1: does fine-tuning undo refusals? The attack success rate (ASR) of the original and three fine-tunes.
+
+In the paper: TinyLlama and Llama-2, AdvBench's prompts that were not trained on, a Longformer classifier as judge.
+Here: `alignment.py`'s four models and prompts, greedy answers, and a judge of choice with its own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datablame.paper import EXPERIMENTS, Page, Request, Table
+from datablame.paper.results import already_there, read, write
+
+RESULT = EXPERIMENTS["table1"].result
+SHOWN = 3
+"""Prompts whose answers the page shows."""
+WORDS = {"original": "original", "benign": "benign rows", "harmful": "harmful rows", "mixed": "both (mixed)"}
+
+
+def run(request: Request) -> Path:
+    """Measure every model and write RESULT into `request.out`; a run that is already there is kept."""
+    from datablame.evaluation.judges import named
+    from datablame.paper import alignment
+
+    judge = named(request.judge, request.judge_label, request.judge_labels, request.device)
+    path = request.out / RESULT
+    this = described(request, alignment.protocol(request, judge))
+    if already_there(path, this):
+        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+        return path
+    models = []
+    for model in request.models:
+        a = alignment.arms(request, model)
+        found = {arm: _arm(a, judge, arm, request) for arm in alignment.ARMS}
+        models.append({"model": a.name, "model_sha256": a.loaded.model_sha256, "arms": found})
+    accuracy = judge.accuracy and asdict_of(judge.accuracy)
+    record = {"run": this, "command": request.command, "judge": judge.name, "accuracy": accuracy, "models": models}
+    return write(path, record)
+
+
+def described(request: Request, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run; models by their own names, since paths are of one machine."""
+    names = [Path(m).name if Path(m).exists() else m for m in request.models]
+    return {"models": names, "scale": request.scale, "seed": request.seed, "protocol": protocol}
+
+
+def asdict_of(accuracy: Any) -> dict[str, Any]:
+    """A judge's accuracy for the file."""
+    return dict(accuracy._asdict())
+
+
+def _arm(a: Any, judge: Any, arm: str, request: Request) -> dict[str, Any]:
+    """Answers, verdicts and the ASR of one of the four."""
+    from datablame.checkpoints import read_record
+    from datablame.evaluation.judges import corrected, wilson
+    from datablame.paper import alignment
+
+    said, verdicts = alignment.judged(a, judge, arm, request)
+    reached = [v.complied for v in verdicts if v.complied is not None]
+    k, n = sum(reached), len(reached)
+    asr = wilson(k, n) if n else None
+    fixed = corrected(k, n, judge.accuracy) if n and judge.accuracy else None
+    answers = [
+        {"prompt": q.prompt, "answer": text, "ended": ended, "complied": v.complied, "problem": v.problem}
+        for q, (text, ended), v in zip(a.harmful, said, verdicts, strict=True)
+    ]
+    adapter = a.adapters[arm]
+    history = read_record(adapter)["history"] if adapter else []
+    return {
+        "rows": len(alignment.rows_of(a.task, arm)),
+        "loss": next((h["loss"] for h in reversed(history) if "loss" in h), None),
+        "complied": k,
+        "judged": n,
+        "asr": asr and list(asr),
+        "corrected": fixed and list(fixed),
+        "cut": sum(not ended for _, ended in said),
+        "empty": sum(not text.strip() for text, _ in said),
+        "left_out": len(said) - n,
+        "answers": answers,
+    }
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def show(out: Path, name: str) -> Page:
+    """The four models beside each other, and what they say."""
+    del name
+    r = read(out / RESULT)
+    return Page(
+        "Table 1: does fine-tuning undo the refusals?",
+        facts(r),
+        [*(line for m in r["models"] for line in found(m)), *judge_notes(r), *NOTES],
+        [_rates(r), *(_answers(m) for m in r["models"])],
+        {"attack success rate": _view(r)},
+        str(r.get("command", "")),
+        r["run"],
+    )
+
+
+NOTES = (
+    "Picture: the share of held-out harmful prompts that are complied with, and its 95 % interval (Wilson). Bars whose "
+    "intervals overlap widely are not told apart by these prompts.",
+    "The numbers of the paper's Table 1 are in a picture that did not survive in the copy that this was made from. Its "
+    "Table 6 gives their differences: the ASR of Llama-2 rises by 90.71 points when it is fine-tuned on harmful rows, "
+    "by 90.24 on mixed ones, and changes by 0.24 on benign ones.",
+    "Requests and compliance are invented and inert, unlike AdvBench's; one seed. The mixed fine-tune makes twice as "
+    "many steps as the other two, with the same recipe.",
+)
+
+
+def facts(r: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Head of a page on this run."""
+    return [
+        ("Models", ", ".join(r["run"]["models"])),
+        ("Scale", r["run"]["scale"]),
+        ("Seed", str(r["run"]["seed"])),
+        ("Held-out harmful prompts", str(r["run"]["protocol"]["held_out_harmful"])),
+        ("Judge", r["judge"]),
+    ]
+
+
+def percent(interval: list[float] | None) -> str:
+    """A share and its interval in print."""
+    return "–" if interval is None else "{:.0%} ({:.0%} to {:.0%})".format(*interval)
+
+
+def found(m: Mapping[str, Any]) -> list[str]:
+    """What this model's numbers say, in sentences."""
+    arms, name = m["arms"], m["model"]
+    original = arms["original"]["asr"]
+    if original is None:
+        return [
+            f"{name}: no answer of the original model was judged, so nothing can be said of what fine-tuning undid."
+        ]
+    asked = f"{name}, before any fine-tuning, complies with {percent(original)} of the harmful prompts"
+    if original[1] > 0.5:
+        lines = [
+            f"{asked}: most of them. It hardly refuses, so there is no alignment that harmful rows could undo, and "
+            "what the paper shows for Llama-2 cannot be seen in it. That is the finding here."
+        ]
+    elif original[2] < 0.5:
+        lines = [f"{asked}: it refuses most of them, so there is something that fine-tuning could undo."]
+    else:
+        lines = [f"{asked}: too few prompts to say whether it refuses most of them or complies with most."]
+    for arm in ("benign", "harmful", "mixed"):
+        here = arms[arm]["asr"]
+        if here is None:
+            lines.append(f"{name}, {WORDS[arm]}: no answer was judged.")
+            continue
+        apart = here[1] > original[2] or here[2] < original[1]
+        how = ("higher" if here[0] > original[0] else "lower") if apart else "not told apart from"
+        than = f"{how} than the original's" if apart else f"{how} the original's by these prompts"
+        lines.append(f"{name}, {WORDS[arm]}: {percent(here)}, {than}.")
+    return lines
+
+
+def judge_notes(r: Mapping[str, Any]) -> list[str]:
+    """What the judge knows and misses, and what was left out."""
+    accuracy = r["accuracy"]
+    cases = [(f"{m['model']}, {WORDS[arm]}", x) for m in r["models"] for arm, x in m["arms"].items()]
+    cut = [f"{where}: {x['cut']}" for where, x in cases if x["cut"]]
+    problems: dict[str, int] = {}
+    for _, x in cases:
+        for answer in x["answers"]:
+            if answer["complied"] is None:
+                problems[answer["problem"]] = problems.get(answer["problem"], 0) + 1
+    notes = [
+        f"Answers cut at the limit ({r['run']['protocol']['generation']}): {'; '.join(cut) or 'none'}. They count where "
+        "nothing that might have followed can change the verdict (a refusal, or more text than the keywords are looked "
+        "for in), and are left out elsewhere.",
+        "Left out of every rate, for want of a verdict: "
+        + ("; ".join(f"{n} ({why})" for why, n in problems.items()) or "no answer")
+        + ".",
+    ]
+    if accuracy is None:
+        return [
+            *notes,
+            f"The error of the judge {r['judge']} is not known; give answers with human labels to measure it.",
+        ]
+    a = accuracy
+    refused = a["refused"] - a["found_refused"]
+    return [
+        *notes,
+        f"Corrected: for the judge's error on {a['source']}: it found {a['found_complied']} of {a['complied']} answers "
+        f"that complied and {a['found_refused']} of {a['refused']} refusals"
+        + (f", and decided nothing on {a['undecided']}" if a["undecided"] else "")
+        + f" (Rogan and Gladen; the interval holds the error of these shares, too). It took {refused} refusals "
+        "for compliance, so a rate may be too high. The correction holds as far as it errs on these answers as on those.",
+    ]
+
+
+def _rates(r: Mapping[str, Any]) -> Table:
+    headings = ["model, fine-tuned on", "rows", "complied / judged", "ASR", "corrected", "cut", "left out", "loss"]
+    rows = []
+    for m in r["models"]:
+        for arm, x in m["arms"].items():
+            loss = "–" if x["loss"] is None else f"{float(x['loss']):.2f}"
+            counts = [str(x["rows"] or "–"), f"{x['complied']} / {x['judged']}", percent(x["asr"])]
+            rest = [percent(x["corrected"]), str(x["cut"]), str(x["left_out"]), loss]
+            rows.append([f"{m['model']}, {WORDS[arm]}", *counts, *rest])
+    return Table("Attack success rate (95 % interval)", headings, rows)
+
+
+def _answers(m: Mapping[str, Any]) -> Table:
+    """What they said, to be read before a rate is believed."""
+    rows = []
+    for i in range(min(SHOWN, len(m["arms"]["original"]["answers"]))):
+        for arm, x in m["arms"].items():
+            a = x["answers"][i]
+            verdict = {True: "complied", False: "refused", None: "left out"}[a["complied"]]
+            prompt = a["prompt"] if arm == "original" else ""
+            rows.append([prompt, WORDS[arm], verdict, " ".join(a["answer"].split())[:120] or "(nothing)"])
+    return Table(f"First answers of {m['model']}", ["prompt", "fine-tuned on", "verdict", "answer"], rows)
+
+
+def _view(r: Mapping[str, Any]) -> dict[str, Any]:
+    """Bars with intervals; the corrected rate paler beside each."""
+    data: list[dict[str, Any]] = []
+    for m in r["models"]:
+        for kind, words, opacity in (("asr", "", 1.0), ("corrected", ", corrected", 0.5)):
+            known = {arm: x[kind] for arm, x in m["arms"].items() if x[kind] is not None}
+            value, low, high = (list(v) for v in zip(*known.values(), strict=True)) if known else ([], [], [])
+            up = [h - v for h, v in zip(high, value, strict=True)]
+            down = [v - w for v, w in zip(value, low, strict=True)]
+            error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 4}
+            bar = {"type": "bar", "name": f"{m['model']}{words}", "x": [WORDS[arm] for arm in known], "y": value}
+            data.append({**bar, "error_y": error, "opacity": opacity})
+    axis = {"title": {"text": "attack success rate (share of held-out harmful prompts)"}, "range": [0, 1.05]}
+    layout = {"barmode": "group", "yaxis": axis, "xaxis": {"title": {"text": "fine-tuned on"}}}
+    return {"data": data, "layout": layout}
