@@ -11,13 +11,13 @@
     const colour = (name) => css.getPropertyValue(name).trim();
     const { data, layout } = views[shown];
     const groups = [...new Set(data.map((t) => t.legendgroup ?? t.name))];
-    const traces = data.map((t) => (t.type === "heatmap" ? { ...t, colorscale: "Viridis" } : { ...t, marker: { color: colours[groups.indexOf(t.legendgroup ?? t.name) % colours.length] } }));
+    const traces = data.map((t) => (t.type === "heatmap" ? { ...t, colorscale: "Viridis" } : { ...t, marker: { ...t.marker, color: colours[groups.indexOf(t.legendgroup ?? t.name) % colours.length] } }));
     const lines = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true };
     Plotly.react(box, traces, {
       ...layout,
       height: 480,
       margin: { l: 60, r: 8, t: 8, b: 60 },
-      xaxis: { ...layout.xaxis, ...lines, type: "category", fixedrange: true },
+      xaxis: { ...layout.xaxis, ...lines, type: layout.xaxis?.type ?? "category", fixedrange: true },
       yaxis: { ...layout.yaxis, ...lines, fixedrange: true },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom" },
       font: { family: css.fontFamily, size: 12, color: colour("--muted") },
