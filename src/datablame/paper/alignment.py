@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ TASK = "mixed-small"
 ARMS = ("original", "benign", "harmful", "mixed")
 PAIRS = tuple((a, b) for i, a in enumerate(ARMS) for b in ARMS[i + 1 :])
 """The paper's six, in its order."""
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 128
 """Of an answer: more than the characters that the keywords are looked for in, in nearly all answers."""
 ANSWERS = "answers-1"
 
@@ -62,7 +63,7 @@ def arms(request: Request, model: str) -> Arms:
     """Train what is not in the cache, and load. Raises UserError that names the fine-tune which diverged."""
     task = build(TASK, request.scale, request.seed)
     recipe = options(Cell(model, TASK, request.scale, request.seed), task)
-    sha256 = load(ModelSpec(model, None, request.device)).model_sha256
+    sha256 = _sha256(model, request.device)
     adapters: dict[str, Path | None] = {"original": None}
     for arm in ARMS[1:]:
         rows = rows_of(task, arm)
@@ -108,10 +109,16 @@ def judged(a: Arms, judge: Judge, arm: str, request: Request) -> tuple[list[tupl
     return said, verdicts(judge, [str(q.prompt) for q in a.harmful], said)
 
 
-def protocol(request: Request, judge: Judge) -> dict[str, Any]:
-    """Every choice of what all three experiments share, for the file."""
+@cache
+def _sha256(model: str, device: str | None) -> str:
+    """Of the base model's weights."""
+    return load(ModelSpec(model, None, device)).model_sha256
+
+
+def described(request: Request, judge: Judge, **more: Any) -> dict[str, Any]:
+    """What decides a run of the three experiments; models by their own names, since paths are of one machine."""
     task = build(TASK, request.scale, request.seed)
-    return {
+    protocol = {
         "task": TASK,
         "task_version": task.version,
         "rows": {arm: len(rows_of(task, arm)) for arm in ARMS},
@@ -119,4 +126,12 @@ def protocol(request: Request, judge: Judge) -> dict[str, Any]:
         "recipe": str(options(Cell(request.model, TASK, request.scale, request.seed), task)),
         "generation": f"greedy, at most {MAX_NEW_TOKENS} tokens",
         "judge": judge.settings,
+        **more,
+    }
+    return {
+        "models": [Path(m).name if Path(m).exists() else m for m in request.models],
+        "models_sha256": [_sha256(m, request.device) for m in request.models],
+        "scale": request.scale,
+        "seed": request.seed,
+        "protocol": protocol,
     }

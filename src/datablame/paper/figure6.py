@@ -15,7 +15,6 @@ from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
 from datablame.paper.results import already_there, read, write
-from datablame.paper.table1 import described
 
 RESULT = EXPERIMENTS["figure6"].result
 GROUPS = ("harmful", "benign")
@@ -38,7 +37,7 @@ def run(request: Request) -> Path:
 
     judge = named(request.judge, request.judge_label, request.judge_labels, request.device)
     path = request.out / RESULT
-    this = described(request, alignment.protocol(request, judge))
+    this = alignment.described(request, judge)
     if already_there(path, this):
         request.reporter.note(f"{path} holds this run already; remove it to measure again.")
         return path

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
+from datablame.paper.rates import ALPHA, WORDS, changed, error_note, left_out_notes, percent
 from datablame.paper.results import already_there, read, write
 
 RESULT = EXPERIMENTS["table1"].result
 SHOWN = 3
 """Prompts whose answers the page shows."""
-WORDS = {"original": "original", "benign": "benign rows", "harmful": "harmful rows", "mixed": "both (mixed)"}
 
 
 def run(request: Request) -> Path:
@@ -26,7 +26,7 @@ def run(request: Request) -> Path:
 
     judge = named(request.judge, request.judge_label, request.judge_labels, request.device)
     path = request.out / RESULT
-    this = described(request, alignment.protocol(request, judge))
+    this = alignment.described(request, judge)
     if already_there(path, this):
         request.reporter.note(f"{path} holds this run already; remove it to measure again.")
         return path
@@ -35,20 +35,9 @@ def run(request: Request) -> Path:
         a = alignment.arms(request, model)
         found = {arm: _arm(a, judge, arm, request) for arm in alignment.ARMS}
         models.append({"model": a.name, "model_sha256": a.loaded.model_sha256, "arms": found})
-    accuracy = judge.accuracy and asdict_of(judge.accuracy)
+    accuracy = judge.accuracy and judge.accuracy._asdict()
     record = {"run": this, "command": request.command, "judge": judge.name, "accuracy": accuracy, "models": models}
     return write(path, record)
-
-
-def described(request: Request, protocol: dict[str, Any]) -> dict[str, Any]:
-    """What decides a run; models by their own names, since paths are of one machine."""
-    names = [Path(m).name if Path(m).exists() else m for m in request.models]
-    return {"models": names, "scale": request.scale, "seed": request.seed, "protocol": protocol}
-
-
-def asdict_of(accuracy: Any) -> dict[str, Any]:
-    """A judge's accuracy for the file."""
-    return dict(accuracy._asdict())
 
 
 def _arm(a: Any, judge: Any, arm: str, request: Request) -> dict[str, Any]:
@@ -92,7 +81,7 @@ def show(out: Path, name: str) -> Page:
     return Page(
         "Table 1: does fine-tuning undo the refusals?",
         facts(r),
-        [*(line for m in r["models"] for line in found(m)), *judge_notes(r), *NOTES],
+        [*(line for m in r["models"] for line in found(m)), *left_out_notes(r), error_note(r), *NOTES],
         [_rates(r), *(_answers(m) for m in r["models"])],
         {"attack success rate": _view(r)},
         str(r.get("command", "")),
@@ -122,11 +111,6 @@ def facts(r: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def percent(interval: list[float] | None) -> str:
-    """A share and its interval in print."""
-    return "–" if interval is None else "{:.0%} ({:.0%} to {:.0%})".format(*interval)
-
-
 def found(m: Mapping[str, Any]) -> list[str]:
     """What this model's numbers say, in sentences."""
     arms, name = m["arms"], m["model"]
@@ -150,46 +134,11 @@ def found(m: Mapping[str, Any]) -> list[str]:
         if here is None:
             lines.append(f"{name}, {WORDS[arm]}: no answer was judged.")
             continue
-        apart = here[1] > original[2] or here[2] < original[1]
-        how = ("higher" if here[0] > original[0] else "lower") if apart else "not told apart from"
-        than = f"{how} than the original's" if apart else f"{how} the original's by these prompts"
-        lines.append(f"{name}, {WORDS[arm]}: {percent(here)}, {than}.")
+        change = changed(*([a["complied"] for a in arms[x]["answers"]] for x in ("original", arm)))
+        how = "higher than the original's" if here[0] > original[0] else "lower than the original's"
+        how = how if change["p"] < ALPHA else "not told apart from the original's by these prompts"
+        lines.append(f"{name}, {WORDS[arm]}: {percent(here)}, {how} (McNemar's p = {change['p']:.2g}).")
     return lines
-
-
-def judge_notes(r: Mapping[str, Any]) -> list[str]:
-    """What the judge knows and misses, and what was left out."""
-    accuracy = r["accuracy"]
-    cases = [(f"{m['model']}, {WORDS[arm]}", x) for m in r["models"] for arm, x in m["arms"].items()]
-    cut = [f"{where}: {x['cut']}" for where, x in cases if x["cut"]]
-    problems: dict[str, int] = {}
-    for _, x in cases:
-        for answer in x["answers"]:
-            if answer["complied"] is None:
-                problems[answer["problem"]] = problems.get(answer["problem"], 0) + 1
-    notes = [
-        f"Answers cut at the limit ({r['run']['protocol']['generation']}): {'; '.join(cut) or 'none'}. They count "
-        "where nothing that might have followed can change the verdict (a refusal, or more text than the keywords are "
-        "looked for in), and are left out elsewhere.",
-        "Left out of every rate, for want of a verdict: "
-        + ("; ".join(f"{n} ({why})" for why, n in problems.items()) or "no answer")
-        + ".",
-    ]
-    if accuracy is None:
-        return [
-            *notes,
-            f"The error of the judge {r['judge']} is not known; give answers with human labels to measure it.",
-        ]
-    a = accuracy
-    refused = a["refused"] - a["found_refused"]
-    return [
-        *notes,
-        f"Corrected: for the judge's error on {a['source']}: it found {a['found_complied']} of {a['complied']} answers "
-        f"that complied and {a['found_refused']} of {a['refused']} refusals"
-        + (f", and decided nothing on {a['undecided']}" if a["undecided"] else "")
-        + f" (Rogan and Gladen; the interval holds the error of these shares, too). It took {refused} refusals "
-        "for compliance, so a rate may be too high. It holds as far as the judge errs here as it did there.",
-    ]
 
 
 def _rates(r: Mapping[str, Any]) -> Table:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
+from datablame.paper.rates import ALPHA, changed, error_note, estimate, left_out_notes, percent
 from datablame.paper.results import already_there, read, write
-from datablame.paper.table1 import asdict_of, described, facts, judge_notes, percent
+from datablame.paper.table1 import facts
 
 RESULT = EXPERIMENTS["table6"].result
 PAPER = {
@@ -31,7 +32,6 @@ MEASURES = {
     "kl": "KL(p₁‖p₂), nats a token",
     "refusal": "|Δ| towards refusal, nats",
 }
-DRAWS = 9_999
 
 
 def run(request: Request) -> Path:
@@ -41,14 +41,13 @@ def run(request: Request) -> Path:
 
     judge = named(request.judge, request.judge_label, request.judge_labels, request.device)
     path = request.out / RESULT
-    openings = {"refusals": behaviour.REFUSALS, "compliances": behaviour.COMPLIANCES}
-    protocol = alignment.protocol(request, judge) | {k: list(v) for k, v in openings.items()}
-    this = described(request, protocol)
+    openings = {"refusals": list(behaviour.REFUSALS), "compliances": list(behaviour.COMPLIANCES)}
+    this = alignment.described(request, judge, **openings)
     if already_there(path, this):
         request.reporter.note(f"{path} holds this run already; remove it to measure again.")
         return path
     models = [_model(alignment.arms(request, m), judge, request) for m in request.models]
-    accuracy = judge.accuracy and asdict_of(judge.accuracy)
+    accuracy = judge.accuracy and judge.accuracy._asdict()
     record = {"run": this, "command": request.command, "judge": judge.name, "accuracy": accuracy, "paper": PAPER}
     return write(path, record | {"models": models})
 
@@ -115,40 +114,6 @@ def _distances(a: Any, request: Request) -> dict[str, Any]:
     return dict(kept("distances-1", what, make))
 
 
-# ---------------------------------------------------------------- one pair
-
-
-def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict[str, Any]:
-    """|ΔASR| over the prompts that were judged under both models, with a paired bootstrap interval over prompts.
-
-    differ: on how many of them the verdicts differ; differ_below: the upper end of its 95 % interval (Clopper and
-    Pearson), as a share: where no verdict differs the bootstrap has no width, and |ΔASR| is at most that.
-    """
-    from scipy import stats
-
-    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
-    d = [float(b) - float(a) for a, b in both]
-    n, k = len(d), int(np.count_nonzero(d))
-    if not n:
-        return {"value": None, "interval95": None, "prompts": 0, "differ": 0, "differ_below": 1.0}
-    below = 1.0 if k == n else float(stats.beta.ppf(0.975, k + 1, n - k))
-    return estimate(d, absolute=True) | {"prompts": n, "differ": k, "differ_below": below}
-
-
-def estimate(x: Any, of: Any = None, absolute: bool = False) -> dict[str, Any]:
-    """Σx/Σof over prompts (the mean where `of` is None), or its absolute value, and a bootstrap interval over prompts.
-
-    Every measure of as many prompts is drawn with the same samples.
-    """
-    x = np.asarray(x, dtype=float)
-    of = np.ones_like(x) if of is None else np.asarray(of, dtype=float)
-    m = len(x)
-    weights = np.random.default_rng(0).multinomial(m, np.full(m, 1 / m), size=DRAWS)
-    value, drawn = x.sum() / of.sum(), (weights @ x) / (weights @ of)
-    value, drawn = (abs(value), np.abs(drawn)) if absolute else (value, drawn)
-    return {"value": float(value), "interval95": np.quantile(drawn, [0.025, 0.975]).tolist()}
-
-
 def of_pair(pair: Mapping[str, Any], measure: str) -> float | None:
     """One number of a pair, or None."""
     x = pair[measure]
@@ -187,7 +152,13 @@ def show(out: Path, name: str) -> Page:
                 if measure != behaviour:
                     where = f"{m['model']}: " if len(r["models"]) > 1 else ""
                     views[f"{where}{words} against {what}"] = _view(m, measure, what, behaviour, words)
-    notes = [*(line for m in r["models"] for line in found(m)), of_the_paper(r["paper"]), *NOTES, *judge_notes(r)]
+    notes = [
+        *(line for m in r["models"] for line in found(m)),
+        of_the_paper(r["paper"]),
+        *NOTES,
+        *left_out_notes(r),
+        error_note(r),
+    ]
     title = "Table 6: is a change of behaviour told by the change of parameters?"
     return Page(title, facts(r), notes, tables, views, str(r.get("command", "")), r["run"])
 
@@ -209,7 +180,7 @@ def found(m: Mapping[str, Any]) -> list[str]:
     """What this model's numbers say, in sentences."""
     name, pairs = m["model"], m["pairs"]
     known = [p for p in pairs if p["asr"]["value"] is not None]
-    apart = [p for p in known if p["asr"]["interval95"][0] > 0]
+    apart = [p for p in known if p["asr"]["p"] < ALPHA]
     if not apart:
         below = max((p["asr"]["differ_below"] for p in known), default=1.0)
         lines = [
@@ -265,6 +236,7 @@ def _paper_table(m: Mapping[str, Any], r: Mapping[str, Any]) -> Table:
     rows = []
     for k, p in enumerate(m["pairs"]):
         asr = "–" if p["asr"]["value"] is None else percent([p["asr"]["value"], *p["asr"]["interval95"]])
+        asr = asr if p["asr"]["differ"] or asr == "–" else f"0% (at most {p['asr']['differ_below']:.0%})"
         theirs = f"{paper['norm'][k]:.2f} ± {paper['sd'][k]:.2f}"
         norm = f"{p['mean']:.3f} ± {p['sd']:.3f}"
         differ = f"{p['asr']['differ']} of {p['asr']['prompts']}"

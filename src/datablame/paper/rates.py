@@ -1,0 +1,92 @@
+"""What Tables 1 and 6 and Figure 6 share: rates, how they differ, and what has to be said of a judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+WORDS = {"original": "original", "benign": "benign rows", "harmful": "harmful rows", "mixed": "both (mixed)"}
+DRAWS = 9_999
+"""Bootstrap samples of an interval."""
+ALPHA = 0.05
+"""Verdicts of two models are told apart below this p."""
+
+
+def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict[str, Any]:
+    """|ΔASR| over the prompts that were judged under both models, with a paired bootstrap interval over prompts.
+
+    differ: on how many of them the verdicts differ; differ_below: the upper end of its 95 % interval (Clopper and
+    Pearson), as a share: where no verdict differs the bootstrap has no width, and |ΔASR| is at most that.
+    p: McNemar's exact test of no change, which few prompts cannot pass: 5 that all change one way have p = 0.06.
+    """
+    from scipy import stats
+
+    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    d = [float(b) - float(a) for a, b in both]
+    n, k = len(d), int(np.count_nonzero(d))
+    if not n:
+        return {"value": None, "interval95": None, "prompts": 0, "differ": 0, "differ_below": 1.0, "p": 1.0}
+    below = 1.0 if k == n else float(stats.beta.ppf(0.975, k + 1, n - k))
+    p = float(stats.binomtest(d.count(1.0), k).pvalue) if k else 1.0
+    return estimate(d, absolute=True) | {"prompts": n, "differ": k, "differ_below": below, "p": p}
+
+
+def estimate(x: Any, of: Any = None, absolute: bool = False) -> dict[str, Any]:
+    """Σx/Σof over prompts (the mean where `of` is None), or its absolute value, and a bootstrap interval over prompts.
+
+    Every measure of as many prompts is drawn with the same samples.
+    """
+    x = np.asarray(x, dtype=float)
+    of = np.ones_like(x) if of is None else np.asarray(of, dtype=float)
+    m = len(x)
+    weights = np.random.default_rng(0).multinomial(m, np.full(m, 1 / m), size=DRAWS)
+    value, drawn = x.sum() / of.sum(), (weights @ x) / (weights @ of)
+    value, drawn = (abs(value), np.abs(drawn)) if absolute else (value, drawn)
+    return {"value": float(value), "interval95": np.quantile(drawn, [0.025, 0.975]).tolist()}
+
+
+# ---------------------------------------------------------------- in print
+
+
+def percent(interval: list[float] | None) -> str:
+    """A share and its interval in print."""
+    return "–" if interval is None else "{:.0%} ({:.0%} to {:.0%})".format(*interval)
+
+
+def left_out_notes(r: Mapping[str, Any]) -> list[str]:
+    """Which answers were cut, which have no verdict, and what kind of a judge it was."""
+    cases = [(f"{m['model']}, {WORDS[arm]}", x) for m in r["models"] for arm, x in m["arms"].items()]
+    cut = [f"{where}: {x['cut']}" for where, x in cases if x["cut"]]
+    problems = Counter(a["problem"] for _, x in cases for a in x["answers"] if a["complied"] is None)
+    said = "; ".join(f"{n} ({why})" for why, n in problems.items())
+    notes = [
+        f"Answers cut at the limit ({r['run']['protocol']['generation']}): {'; '.join(cut) or 'none'}. They count "
+        "where nothing that might have followed can change the verdict (a refusal, or more text than the keywords are "
+        "looked for in), and are left out elsewhere.",
+        f"Left out of every rate, for want of a verdict: {said or 'no answer'}.",
+    ]
+    if r["run"]["protocol"]["judge"]["judge"] == "keywords":
+        notes.append(
+            "The keywords call compliance whatever does not refuse, nonsense included, and a refusal whatever is sorry "
+            "for something: read the first answers, with Table 1, before believing a rate."
+        )
+    return notes
+
+
+def error_note(r: Mapping[str, Any]) -> str:
+    """How wrong the judge was on human labels, and what follows for rates and differences."""
+    a = r["accuracy"]
+    if a is None:
+        return f"The error of the judge {r['judge']} is not known; give answers with human labels to measure it."
+    youden = a["found_complied"] / a["complied"] + a["found_refused"] / a["refused"] - 1
+    undecided = f", and decided nothing on {a['undecided']}" if a["undecided"] else ""
+    true = f"1/{youden:.2f} times as large" if youden > 0 else "not to be known: it is no better than chance"
+    return (
+        f"Corrected: for the judge's error on {a['source']}: it found {a['found_complied']} of {a['complied']} answers "
+        f"that complied and {a['found_refused']} of {a['refused']} refusals{undecided} (Rogan and Gladen; the interval "
+        f"holds the error of these shares, too). A true difference of rates would be {true}. This holds as far as the "
+        "judge errs here as it did there."
+    )
