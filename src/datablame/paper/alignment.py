@@ -2,7 +2,7 @@
 
 The rows are those of the benchmark's task mixed-small: its harmful rows alone, its benign rows alone, and all of them,
 which is the fine-tune of the benchmark's own cell. The recipe is the cell's for all three, so the mixed one makes twice
-as many steps: as in the paper, where the mixed data are the other two together. The held-out prompts are the task's.
+as many steps. The held-out prompts are the task's. The paper does not say how large its benign and harmful sets are.
 """
 
 from __future__ import annotations

@@ -32,11 +32,14 @@ class Factors(NamedTuple):
 
 def factors(model: Any) -> dict[str, Factors]:
     """`{layer: factors}` of the adapter that a PEFT model has now, in float64, on the CPU, in the model's order."""
+    import torch
+
+    def copied(layer: Any) -> Any:
+        return layer.weight.detach().to("cpu", torch.float64, copy=True)  # the adapter's weights are exchanged in place
+
     return {
         short_name(name): Factors(
-            module.lora_A["default"].weight.detach().double().cpu(),
-            module.lora_B["default"].weight.detach().double().cpu(),
-            float(module.scaling["default"]),
+            copied(module.lora_A["default"]), copied(module.lora_B["default"]), float(module.scaling["default"])
         )
         for name, module in model.named_modules()
         if "default" in getattr(module, "lora_A", {})

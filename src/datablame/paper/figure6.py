@@ -104,7 +104,7 @@ def _point(a: Any, checkpoint: Path | None, judge: Any, request: Request) -> dic
     what = [a.loaded.model_sha256, weights, str(a.loaded.model.dtype), [(r.input_ids, r.labels) for r in rows]]
     seen = kept("along-1", what, make)
     if "problem" in seen:
-        return {"norm": norm, "problem": seen["problem"]}
+        return {"problem": seen["problem"]}
     groups = {g: {"loss": seen["loss"][g], **_behaves(a, checkpoint, g, judge, request)} for g in GROUPS}
     return {"norm": norm, "kl": seen["kl"], **groups}
 
