@@ -18,6 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, load_results
+from datablame.paper import experiment, module
 from datablame.paper import table5 as paper
 from datablame.paper.figure3 import spread
 from datablame.report.bench import BASE
@@ -31,6 +32,10 @@ FILES = {
     **dict.fromkeys(("captures", "curvatures"), "methods"),
 }
 """Tables whose result has another name."""
+
+
+SHOWN = ("table1", "table6", "figure6")
+"""Tables that are pages of `datablame paper show` as they are."""
 
 
 def demo(r: dict[str, Any]) -> str:
@@ -325,6 +330,8 @@ def render(text: str) -> str:
             return f"{match[1]}{drawn}\n{match[3]}"
         if name in ("removal", "lds"):
             return f"{match[1]}{retraining(name)}\n{match[3]}"
+        if name in SHOWN:
+            return f"{match[1]}{shown(name)}\n{match[3]}"
         result = json.loads((RESULTS / f"{FILES.get(name, name)}.json").read_text(encoding="utf-8"))
         return f"{match[1]}{globals()[name](result)}\n{match[3]}"
 
@@ -343,6 +350,16 @@ def main() -> None:
     if stale and "--check" in sys.argv:
         sys.exit(f"{', '.join(stale)}: differ from benchmarks/results; run python benchmarks/tables.py")
     print("written: " + ", ".join(stale) if stale else "all tables are up to date")
+
+
+def shown(name: str) -> str:
+    """The tables and the findings of a page of `datablame paper show`."""
+    folder = RESULTS / "paper"
+    if not (folder / experiment(name).result).exists():
+        return "*Not run yet.*"
+    page = module(name).show(folder, name)
+    parts = [f"{t.title}:\n\n{bench_tables.markdown([t.headings, *t.rows])}" for t in page.tables]
+    return "\n\n".join([*parts, *(f"- {note}" for note in page.notes), f"`{page.command}`"])
 
 
 def retraining(kind: str) -> str:

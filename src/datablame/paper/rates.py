@@ -83,7 +83,7 @@ def error_note(r: Mapping[str, Any]) -> str:
         return f"The error of the judge {r['judge']} is not known; give answers with human labels to measure it."
     youden = a["found_complied"] / a["complied"] + a["found_refused"] / a["refused"] - 1
     undecided = f", and decided nothing on {a['undecided']}" if a["undecided"] else ""
-    true = f"1/{youden:.2f} times as large" if youden > 0 else "not to be known: it is no better than chance"
+    true = f"{1 / youden:.2g} times as large" if youden > 0 else "not to be known: it is no better than chance"
     return (
         f"Corrected: for the judge's error on {a['source']}: it found {a['found_complied']} of {a['complied']} answers "
         f"that complied and {a['found_refused']} of {a['refused']} refusals{undecided} (Rogan and Gladen; the interval "

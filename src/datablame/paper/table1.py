@@ -142,7 +142,16 @@ def found(m: Mapping[str, Any]) -> list[str]:
 
 
 def _rates(r: Mapping[str, Any]) -> Table:
-    headings = ["model, fine-tuned on", "rows", "complied / judged", "ASR", "corrected", "cut", "left out", "loss"]
+    headings = [
+        "model, fine-tuned on",
+        "rows",
+        "complied / judged",
+        "ASR",
+        "corrected",
+        "cut",
+        "left out",
+        "training loss",
+    ]
     rows = []
     for m in r["models"]:
         for arm, x in m["arms"].items():
@@ -166,17 +175,17 @@ def _answers(m: Mapping[str, Any]) -> Table:
 
 
 def _view(r: Mapping[str, Any]) -> dict[str, Any]:
-    """Bars with intervals; the corrected rate paler beside each."""
+    """Bars with intervals; the corrected rate hatched beside each."""
     data: list[dict[str, Any]] = []
     for m in r["models"]:
-        for kind, words, opacity in (("asr", "", 1.0), ("corrected", ", corrected", 0.5)):
+        for kind, words, shape in (("asr", "", ""), ("corrected", ", corrected", "/")):
             known = {arm: x[kind] for arm, x in m["arms"].items() if x[kind] is not None}
             value, low, high = (list(v) for v in zip(*known.values(), strict=True)) if known else ([], [], [])
             up = [h - v for h, v in zip(high, value, strict=True)]
             down = [v - w for v, w in zip(value, low, strict=True)]
             error = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 4}
             bar = {"type": "bar", "name": f"{m['model']}{words}", "x": [WORDS[arm] for arm in known], "y": value}
-            data.append({**bar, "error_y": error, "opacity": opacity})
+            data.append({**bar, "error_y": error, "marker": {"pattern": {"shape": shape}}})
     axis = {"title": {"text": "attack success rate (share of held-out harmful prompts)"}, "range": [0, 1.05]}
     layout = {"barmode": "group", "yaxis": axis, "xaxis": {"title": {"text": "fine-tuned on"}}}
     return {"data": data, "layout": layout}

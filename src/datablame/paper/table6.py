@@ -18,6 +18,14 @@ from datablame.paper.results import already_there, read, write
 from datablame.paper.table1 import facts
 
 RESULT = EXPERIMENTS["table6"].result
+SHORT = {
+    "mean": "‖Δθ‖ a layer",
+    "whole": "‖Δθ‖ whole",
+    "gauss_newton": "Gauss-Newton",
+    "kl": "KL",
+    "refusal": "refusal",
+}
+"""On the buttons of the pictures."""
 PAPER = {
     "source": "Table 6 of Do Influence Functions Work on Large Language Models?, Llama-2",
     "asr": [0.0024, 0.9071, 0.9024, 0.9047, 0.9000, 0.0047],
@@ -147,11 +155,12 @@ def show(out: Path, name: str) -> Page:
     tables = [t for m in r["models"] for t in (_paper_table(m, r), _norms_table(m), _ranked_table(m))]
     views = {}
     for m in r["models"]:
+        where = f"{m['model']}: " if len(r["models"]) > 1 else ""
         for behaviour, words in (("asr", "|ΔASR|"), ("refusal", MEASURES["refusal"])):
             for measure, what in MEASURES.items():
                 if measure != behaviour:
-                    where = f"{m['model']}: " if len(r["models"]) > 1 else ""
-                    views[f"{where}{words} against {what}"] = _view(m, measure, what, behaviour, words)
+                    view = f"{where}{SHORT.get(behaviour, words)} · {SHORT[measure]}"
+                    views[view] = _view(m, measure, what, behaviour, words)
     notes = [
         *(line for m in r["models"] for line in found(m)),
         of_the_paper(r["paper"]),
@@ -165,7 +174,7 @@ def show(out: Path, name: str) -> Page:
 
 NOTES = (
     "Pictures: each mark is a pair of models. A measure that tells the change of behaviour has its marks on a rising "
-    "line; where they lie on one level, behaviour does not vary.",
+    "line; where they lie on one level, behaviour does not vary. Bars: 95 % intervals over prompts.",
     "‖Δθ‖ a layer: mean ± standard deviation over the adapted layers of ‖B₁A₁ − B₂A₂‖_F, without α/r, as the released "
     "code takes it of one adapter. Whole: of all layers together, with α/r. Gauss-Newton: √(ΔθᵀGΔθ) at the original "
     "weights, a token of the held-out prompts' reference responses. KL: between the two models' next tokens, at the "
@@ -250,8 +259,8 @@ def _norms_table(m: Mapping[str, Any]) -> Table:
         [
             _pair(p),
             f"{p['gauss_newton']['value']:.3g}",
-            spread(p["kl"]),
-            spread(p["kl_reversed"]),
+            spread(p["kl"], ".3f"),
+            spread(p["kl_reversed"], ".3f"),
             f"{p['refusal']['change']:+.2f}",
             spread(p["refusal"]),
         ]
@@ -270,7 +279,8 @@ def _ranked_table(m: Mapping[str, Any]) -> Table:
     return Table(f"{m['model']}: what ranks with the change of behaviour", heads, rows)
 
 
-SYMBOLS = ("circle", "square", "diamond", "cross", "x", "triangle-up")
+SYMBOLS = ("circle-open", "square-open", "diamond-open", "cross-open", "x-open", "triangle-up-open")
+"""Open, since pairs may lie on each other."""
 
 
 def _view(m: Mapping[str, Any], measure: str, what: str, behaviour: str, words: str) -> dict[str, Any]:
@@ -280,16 +290,25 @@ def _view(m: Mapping[str, Any], measure: str, what: str, behaviour: str, words: 
         x, y = of_pair(p, measure), of_pair(p, behaviour)
         if x is None or y is None:
             continue
-        trace: dict[str, Any] = {"type": "scatter", "mode": "markers", "name": _pair(p), "x": [x], "y": [y]}
-        trace |= {"marker": {"symbol": symbol, "size": 11}, "error_y": _error(p[behaviour])}
+        trace: dict[str, Any] = {
+            "type": "scatter",
+            "mode": "markers",
+            "cliponaxis": False,
+            "name": _pair(p),
+            "x": [x],
+            "y": [y],
+        }
+        trace |= {"marker": {"symbol": symbol, "size": 12, "line": {"width": 2}}, "error_y": _error(p[behaviour])}
         data.append(trace | ({"error_x": _error(p[measure])} if isinstance(p[measure], dict) else {}))
-    axes: dict[str, Any] = {"xaxis": {"type": "linear", "title": {"text": what}}, "yaxis": {"title": {"text": words}}}
-    return {"data": data, "layout": axes}
+    axis: dict[str, Any] = {"title": {"text": words}, "rangemode": "tozero"}
+    return {"data": data, "layout": {"xaxis": {"type": "linear", "title": {"text": what}}, "yaxis": axis}}
 
 
 def _error(x: Mapping[str, Any]) -> dict[str, Any]:
+    """The interval; where no verdict differs, up to what cannot be excluded."""
     if x.get("interval95") is None:
         return {"visible": False}
     low, high = x["interval95"]
+    high = x["differ_below"] if x.get("differ") == 0 else high
     sides = {"array": [max(0.0, high - x["value"])], "arrayminus": [max(0.0, x["value"] - low)]}
     return {"type": "data", "symmetric": False, "thickness": 1, "width": 4, **sides}
