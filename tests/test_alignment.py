@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import ROWS, make_model, make_tokenizer, save_adapter
+from conftest import ROWS, Run, make_model, make_tokenizer, save_adapter
 from datablame import paper
 from datablame.encoding import Encoded, Encoding, encode_rows
 from datablame.errors import UserError
@@ -315,6 +315,42 @@ def test_the_norms_are_those_of_the_fine_tunes(ran: paper.Request) -> None:
         assert last["loss"] < curve[arm][1]["loss"]
 
 
+def test_the_mixed_fine_tune_is_the_benchmarks_own(ran: paper.Request) -> None:
+    from datablame.evaluation import cell
+    from datablame.evaluation.finetunes import fine_tuned
+
+    a = alignment.arms(ran, ran.model)
+    mixed = cell.Cell(ran.model, "mixed-small", "smoke", 0)
+    recipe = cell.options(mixed, a.task)
+    shared = fine_tuned(ran.model, a.task.train, recipe, model_sha256=a.loaded.model_sha256)
+    assert shared == a.adapters["mixed"]
+    assert len(set(a.adapters.values())) == 4
+
+
+def test_two_models_are_shown_beside_each_other(ran: paper.Request, tmp_path: Path) -> None:
+    for name in ("table1", "table6", "figure6"):
+        r = json.loads((ran.out / f"{name}.json").read_text())
+        r["models"].append(r["models"][0] | {"model": "another"})
+        r["run"]["models"].append("another")
+        (tmp_path / f"{name}.json").write_text(json.dumps(r))
+    one, two = pages(ran, tmp_path), pages(replace(ran, out=tmp_path), tmp_path)
+    assert len(two["table1"].tables[0].rows) == 8
+    assert len(two["table6"].tables) == 2 * len(one["table6"].tables)
+    assert len(two["figure6"].views) == 2 * len(one["figure6"].views)
+
+
+def test_a_bad_judge_stops_the_command_before_any_work(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("paper", "run", "table1", "--judge", "keyword", "--out", tmp_path)
+    assert code == 2
+    assert "--judge keyword: neither keywords" in err
+    code, _, err = run("paper", "run", "table6", "--judge-label", "harmful", "--out", tmp_path)
+    assert code == 2
+    assert "only a classifier has labels" in err
+    code, _, err = run("paper", "run", "figure6", "--judge-labels", "./none.jsonl", "--out", tmp_path)
+    assert code == 2
+    assert "none.jsonl" in err
+
+
 def test_a_run_is_kept_and_another_is_not_overwritten(ran: paper.Request, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("was run again")
@@ -347,7 +383,8 @@ def test_a_judge_that_always_fails(ran: paper.Request, tmp_path: Path, monkeypat
     r = json.loads((request.out / "table1.json").read_text())
     assert all(x["asr"] is None and x["corrected"] is None for x in r["models"][0]["arms"].values())
     found = pages(request, tmp_path)
-    assert "no answer of the original model was judged" in found["table1"].notes[0]
+    assert "It shows nothing" in found["table1"].notes[0]
+    assert "no answer of the original model was judged" in found["table1"].notes[1]
     assert any("error of the judge failing_judge:judge is not known" in n for n in found["table1"].notes)
     assert {row[1] for row in found["table6"].tables[0].rows} == {"–"}
     ranked = json.loads((request.out / "table6.json").read_text())["models"][0]["ranked"]

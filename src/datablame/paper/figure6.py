@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
+from datablame.paper.rates import size_note
 from datablame.paper.results import already_there, read, write
 
 RESULT = EXPERIMENTS["figure6"].result
@@ -147,7 +148,7 @@ def show(out: Path, name: str) -> Page:
     }
     facts = [("Models", ", ".join(r["run"]["models"])), ("Scale", r["run"]["scale"]), ("Seed", str(r["run"]["seed"]))]
     facts.append(("Judge", r["judge"]))
-    notes = [*(line for m in r["models"] for line in [*second_half(m), *problems(m)]), *NOTES]
+    notes = [*size_note(r), *(line for m in r["models"] for line in [*second_half(m), *problems(m)]), *NOTES]
     title = "Figure 6: behaviour settles, do parameters?"
     return Page(title, facts, notes, [_table(m) for m in r["models"]], views, str(r.get("command", "")), r["run"])
 

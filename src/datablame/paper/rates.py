@@ -56,6 +56,14 @@ def percent(interval: list[float] | None) -> str:
     return "–" if interval is None else "{:.0%} ({:.0%} to {:.0%})".format(*interval)
 
 
+def size_note(r: Mapping[str, Any]) -> list[str]:
+    """What a run at scale smoke is worth."""
+    prompts = r["run"]["protocol"]["held_out_harmful"]
+    return [f"Scale smoke, {prompts} prompts: a check that this runs. It shows nothing."] * (
+        r["run"]["scale"] == "smoke"
+    )
+
+
 def left_out_notes(r: Mapping[str, Any]) -> list[str]:
     """Which answers were cut, which have no verdict, and what kind of a judge it was."""
     cases = [(f"{m['model']}, {WORDS[arm]}", x) for m in r["models"] for arm, x in m["arms"].items()]

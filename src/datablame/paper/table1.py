@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
-from datablame.paper.rates import ALPHA, WORDS, changed, error_note, left_out_notes, percent
+from datablame.paper.rates import ALPHA, WORDS, changed, error_note, left_out_notes, percent, size_note
 from datablame.paper.results import already_there, read, write
 
 RESULT = EXPERIMENTS["table1"].result
@@ -81,7 +81,7 @@ def show(out: Path, name: str) -> Page:
     return Page(
         "Table 1: does fine-tuning undo the refusals?",
         facts(r),
-        [*(line for m in r["models"] for line in found(m)), *left_out_notes(r), error_note(r), *NOTES],
+        [*size_note(r), *(line for m in r["models"] for line in found(m)), *left_out_notes(r), error_note(r), *NOTES],
         [_rates(r), *(_answers(m) for m in r["models"])],
         {"attack success rate": _view(r)},
         str(r.get("command", "")),

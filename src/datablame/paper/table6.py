@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
-from datablame.paper.rates import ALPHA, changed, error_note, estimate, left_out_notes, percent
+from datablame.paper.rates import ALPHA, changed, error_note, estimate, left_out_notes, percent, size_note
 from datablame.paper.results import already_there, read, write
 from datablame.paper.table1 import facts
 
@@ -162,6 +162,7 @@ def show(out: Path, name: str) -> Page:
                     view = f"{where}{SHORT.get(behaviour, words)} · {SHORT[measure]}"
                     views[view] = _view(m, measure, what, behaviour, words)
     notes = [
+        *size_note(r),
         *(line for m in r["models"] for line in found(m)),
         of_the_paper(r["paper"]),
         *NOTES,
