@@ -19,6 +19,8 @@ from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, load_results
 from datablame.paper import experiment, module
+from datablame.paper import figure4 as iterations
+from datablame.paper import figure5 as convergence
 from datablame.paper import table5 as paper
 from datablame.paper.figure3 import spread
 from datablame.report.bench import BASE
@@ -29,6 +31,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 FILES = {
     **dict.fromkeys(("table5", "figure3", "residuals"), "paper/table5"),
+    "figure4": "paper/figure4",
+    "figure5": "paper/figure5",
     **dict.fromkeys(("captures", "curvatures"), "methods"),
 }
 """Tables whose result has another name."""
@@ -332,7 +336,10 @@ def render(text: str) -> str:
             return f"{match[1]}{retraining(name)}\n{match[3]}"
         if name in SHOWN:
             return f"{match[1]}{shown(name)}\n{match[3]}"
-        result = json.loads((RESULTS / f"{FILES.get(name, name)}.json").read_text(encoding="utf-8"))
+        path = RESULTS / f"{FILES.get(name, name)}.json"
+        if not path.exists():
+            return f"{match[1]}*Not run yet.*\n{match[3]}"
+        result = json.loads(path.read_text(encoding="utf-8"))
         return f"{match[1]}{globals()[name](result)}\n{match[3]}"
 
     return MARK.sub(table, text)
@@ -366,6 +373,63 @@ def retraining(kind: str) -> str:
     """Methods against retraining: every task that has it."""
     found = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)
     return truth_tables.truth_text(found, kind) if found else "*Not run yet.*"
+
+
+def figure4(r: dict[str, Any]) -> str:
+    """Accuracy after some iterations and of the solution, a task and a loss a row, with the tests."""
+    some = (1, 10, 1000, 100_000)
+    rows = [["task, loss", *(f"{k:,}" for k in some), "solved", "joint", "RepSim", "BM25", "chance"]]
+    for task, x in r["tasks"].items():
+        for view in iterations.VIEWS:
+            wanted = [*(iterations.CURVES[view][k] for k in some), iterations.SOLVED[view], iterations.JOINT[view]]
+            wanted += [iterations.REPSIM, iterations.BM25]
+            cells = [_accuracy(x["runs"], run) for run in wanted]
+            rows.append([f"{task}, {view}", *cells, f"{x['chance']['accuracy']:.2f}"])
+    heads = ["task, curve", *iterations.QUESTIONS]
+    tests = [
+        [f"{t}, {c}", *(iterations.answer(r, t, c, q) for q in iterations.QUESTIONS)]
+        for t in r["tasks"]
+        for c in iterations.CURVES
+    ]
+    words = [iterations.reading(r, task, view) for task in r["tasks"] for view in iterations.VIEWS]
+    return "\n\n".join(
+        [
+            bench_tables.markdown(rows),
+            bench_tables.markdown([heads, *tests]),
+            "\n".join(f"- {w}" for w in words),
+            _foot(r),
+        ]
+    )
+
+
+def figure5(r: dict[str, Any]) -> str:
+    """Accuracy at the first, a middle and the last checkpoint, a task, loss and method a row, with ρ and the test."""
+    rows = [["task, loss", "method", "first", "middle", "last", "ρ with the falling loss", "last − first"]]
+    for task, x in r["tasks"].items():
+        points = x["checkpoints"]
+        ends = points[0], points[len(points) // 2], points[-1]
+        losses = [f"{p['loss']['train']['tuned']:.2f} (step {p['step']})" for p in ends]
+        rows.append([task, "training loss", *losses, "", ""])
+        for k, view in enumerate(convergence.VIEWS):
+            for method, runs in convergence.METHODS.items():
+                cells = [_accuracy(p["runs"], runs[k]) for p in ends]
+                rho = x["correlation"][runs[k]]["accuracy"]
+                test = convergence.change(r, task, runs[k])
+                rows.append([f"{task}, {view}", method, *cells, "–" if rho is None else f"{rho:+.2f}", test])
+        rows.append([task, "BM25", _accuracy(points[0]["runs"], convergence.BM25), "", "", "", ""])
+    left_out = [f"\n\n{note}" for note in r["left_out"]]
+    return f"{bench_tables.markdown(rows)}\n\n{_foot(r)}{''.join(left_out)}"
+
+
+def _accuracy(runs: dict[str, Any], run: str) -> str:
+    if run not in runs:
+        return "–"
+    x = runs[run]["accuracy"]
+    return f"{x['value']:.2f} ({x['interval95'][0]:.2f} to {x['interval95'][1]:.2f})"
+
+
+def _foot(r: dict[str, Any]) -> str:
+    return f"{r['machine']}, {r['threads']} thread(s). `{r['command']}`"
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Everything for one cell; the result as `benchmarks/results/` keeps it. `keep` leaves the feature stores."""
     o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
-    stores = o.timed("features", lambda: _features(o, reporter))
+    stores = o.timed("features", lambda: features(o.rows, o.folder / FEATURES, o.loaded, o.encoder, reporter=reporter))
     scored = o.timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in RESPONSES})
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, o.said, stores["reference"])
@@ -263,19 +263,30 @@ def _answered(task: Task, tuned: Sequence[str]) -> list[Example]:
     return [e.with_response(a if a.strip() else ".") for e, a in zip(task.queries, tuned, strict=True)]
 
 
-def _features(o: Opened, reporter: Reporter) -> dict[str, FeatureStore]:
-    engine = Engine(o.loaded, CaptureOptions())
+def features(
+    sets: Mapping[str, Sequence[Example]],
+    folder: Path,
+    loaded: Loaded,
+    encoder: Encoding,
+    seen: Sequence[str] = views.CAPTURED,
+    reporter: Reporter = SILENT,
+) -> dict[str, FeatureStore]:
+    """A store in `folder` for each set of rows: hidden states, losses, gradients of the response and of `seen` views.
+
+    What is there of the same rows and the same model is kept. Raises UserError, naming the row, for what is not finite.
+    """
+    engine = Engine(loaded, CaptureOptions())
     stores = {}
-    for name, examples in o.rows.items():
-        rows = encode_rows(o.encoder, examples)
+    for name, examples in sets.items():
+        rows = encode_rows(encoder, examples)
         settings = {**engine.settings(), "train_sha256": digest(examples, rows)}
         tensors = partial(engine.adapter_tensors, rows)
         store = FeatureStore.create(
-            o.folder / FEATURES / name, settings, views.widths(engine), examples, engine.dtype, tensors
+            folder / name, settings, views.widths(engine, seen), examples, engine.dtype, tensors
         )
         reporter.note(f"features of {name}: {len(rows)} rows, {sum(len(r.input_ids) for r in rows):,} tokens")
-        fill(store, rows, views.capture_views(engine), reporter)
-        stores[name] = FeatureStore.open(o.folder / FEATURES / name)
+        fill(store, rows, views.capture_views(engine, seen), reporter)
+        stores[name] = FeatureStore.open(folder / name)
     return stores
 
 
@@ -285,11 +296,7 @@ def _features(o: Opened, reporter: Reporter) -> dict[str, FeatureStore]:
 def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureStore) -> dict[str, Any]:
     """Did the fine-tune teach the behaviour? Share of answers that show it, and loss per response token."""
     shows = {who: [task.behaves(e, a) for e, a in zip(task.queries, said[who], strict=True)] for who in said}
-    tokens = reference.features("length")["length"].sum()
-    loss = {
-        who: float(reference.features(kind)[kind].sum() / tokens)
-        for who, kind in (("tuned", "loss"), ("base", "base-loss"))
-    }
+    loss = token_loss(reference)
     behaves = {who: float(np.mean(shows[who])) for who in shows}
     by_group = {
         g: {who: float(np.mean([s for s, h in zip(shows[who], task.groups, strict=True) if h == g])) for who in shows}
@@ -297,6 +304,13 @@ def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureSto
     }
     learnt = behaves["tuned"] >= max(LEARNT, behaves["base"]) and loss["tuned"] < LOSS_LEFT * loss["base"]
     return {"learnt": bool(learnt), "behaves": behaves, "by_group": by_group, "loss": loss}
+
+
+def token_loss(store: FeatureStore) -> dict[str, float]:
+    """Mean loss a response token over the rows of a store, with the adapter and without."""
+    tokens = store.features("length")["length"].sum()
+    kinds = {"tuned": "loss", "base": "base-loss"}
+    return {who: float(store.features(kind)[kind].sum() / tokens) for who, kind in kinds.items()}
 
 
 LEARNT = 0.7

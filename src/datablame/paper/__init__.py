@@ -38,6 +38,16 @@ class Experiment:
 
 
 LINEAR = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 20 minutes, 4 GB of memory"}
+ITERATIONS = {
+    "smoke": "6 minutes, the model's 93 MB fetched once",
+    "cpu": "180 minutes, 90 where the cells are there without these runs",
+    "paper": "a GPU; never run here",
+}
+ALONG = {
+    "smoke": "4 minutes, the model's 93 MB fetched once",
+    "cpu": "about 2½ hours, in pieces of a few minutes",
+    "paper": "a GPU; never run here",
+}
 
 
 def _alignment(shows: str, name: str, smoke: str, cpu: str) -> Experiment:
@@ -78,6 +88,8 @@ EXPERIMENTS = {
     "table1": _alignment("attack success rate of four fine-tunes", "table1", "3 minutes", "about 10 minutes"),
     "table6": _alignment("change of behaviour by change of parameters", "table6", "1 minute more", "5 minutes more"),
     "figure6": _alignment("losses, behaviour, ‖Δθ‖ by epoch", "figure6", "3 minutes more", "about 40 minutes more"),
+    "figure4": Experiment("LiSSA's iterations against accuracy", ITERATIONS, "figure4.json", "figure4"),
+    "figure5": Experiment("accuracy along a fine-tune, against its loss", ALONG, "figure5.json", "figure5"),
 }
 """name -> what it is."""
 

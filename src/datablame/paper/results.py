@@ -82,3 +82,14 @@ def already_there(path: Path, run: dict[str, Any]) -> bool:
         return True
     differ = [k for k in run if not isinstance(there, dict) or there.get(k) != run[k]]
     raise UserError(f"{path}: holds another run (its {differ[0]} differs). Name another --out, or remove the file.")
+
+
+def point(x: Any) -> dict[str, Any]:
+    """A mean and its interval, `(value, low, high)`, as a file keeps them."""
+    value, low, high = (_short(v) for v in x)
+    return {"value": value, "interval95": [low, high]}
+
+
+def half(x: dict[str, Any]) -> float:
+    """Half of a point's interval."""
+    return (x["interval95"][1] - x["interval95"][0]) / 2

@@ -33,11 +33,19 @@ def write_page(page: Page, path: Path) -> Path:
 
 
 def _escaped(view: dict[str, Any]) -> dict[str, Any]:
-    """Names and categories in which plotly finds no tag of its own."""
+    """Names, categories and titles in which plotly finds no tag of its own."""
     data = []
     for trace in view["data"]:
-        labels: dict[str, Any] = {"name": plotly_text(trace["name"]), "x": [plotly_text(x) for x in trace["x"]]}
+        labels: dict[str, Any] = {"name": plotly_text(trace["name"]), "x": list(map(_category, trace["x"]))}
         if trace["type"] == "heatmap":
-            labels["y"] = [plotly_text(y) for y in trace["y"]]
+            labels["y"] = list(map(_category, trace["y"]))
         data.append({**trace, **labels})
-    return {**view, "data": data}
+    layout = dict(view["layout"])
+    if "annotations" in layout:
+        layout["annotations"] = [{**a, "text": plotly_text(a["text"])} for a in layout["annotations"]]
+    return {**view, "data": data, "layout": layout}
+
+
+def _category(x: object) -> object:
+    """A number stays one."""
+    return x if isinstance(x, int | float) else plotly_text(x)

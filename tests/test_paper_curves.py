@@ -1,0 +1,387 @@
+"""Figures 4 and 5 on a tiny model: numbers against the methods on the same features, what is missing, what resumes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+
+from conftest import Run
+from datablame import paper
+from datablame.errors import UserError
+from datablame.evaluation import along, finetunes, metrics
+from datablame.evaluation import bench as bench_module
+from datablame.evaluation import results as results_module
+from datablame.evaluation import tasks as tasks_module
+from datablame.evaluation.cell import FEATURES, Cell, token_loss
+from datablame.evaluation.intervals import compare, interval
+from datablame.evaluation.scoring import CellInputs
+from datablame.evaluation.suites import BY_SIDE, CONTROLS, PAPER, SOUND, runs, split
+from datablame.evaluation.tasks.base import Task, examples, same_label
+from datablame.indexing import SILENT
+from datablame.methods import parse
+from datablame.models import ModelSpec, load
+from datablame.paper import figure4, figure5
+from datablame.paper.panels import Style, curve, level, panels, share
+from datablame.report.paper import write_page
+from datablame.store import FeatureStore
+from datablame.tuning import TuneOptions
+
+
+def tiny(seed: int = 0) -> Task:
+    """Two classes, six rows, four queries; two epochs of three steps."""
+    words = ["snow", "rain", "tea", "kettles", "spiders", "pears"]
+    rows = [
+        (f"Tell of {w} {seed}.", "Yes, yes." if k % 2 else "No.", "yes" if k % 2 else "no") for k, w in enumerate(words)
+    ]
+    train, queries = examples(rows), examples([(p.replace("Tell", "Say"), r, c) for p, r, c in rows[:4]])
+    return Task(
+        name="grammars", version=1, title="Yes or no", train=train, queries=queries, groups=["a", "a", "a", "b"],
+        truth=same_label(train, queries), main=("a",), behaves=lambda e, answer: True,
+        recipe=TuneOptions(rank=2, epochs=2, batch=2, rate=1e-2),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for module in (bench_module, results_module, tasks_module):
+        monkeypatch.setattr(module, "build", lambda name, scale="smoke", seed=0, **kw: tiny(seed))
+    monkeypatch.setattr(bench_module, "takes", lambda name: [])
+    monkeypatch.setattr(figure4, "SMOKE", ("grammars",))
+    monkeypatch.setitem(figure5.PLANS, "smoke", (("grammars",), 4))
+    monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "cache"))
+
+
+def request(name: str, model_dir: Path, out: Path) -> paper.Request:
+    return paper.Request(name, "smoke", out, 0, f"datablame paper run {name}", SILENT, None, str(model_dir))
+
+
+def whole(page: paper.Page) -> None:
+    """Every table is a grid, and plotly knows every view: panels, marks, intervals."""
+    for table in page.tables:
+        assert all(len(row) == len(table.headings) for row in table.rows)
+    for view in page.views.values():
+        figure = go.Figure(view)
+        assert len(figure.data) == len(view["data"]) > 0
+        assert all(np.isfinite([float(v) for v in t.y]).all() for t in figure.data)
+
+
+def test_panels_are_escaped_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    nasty = "</script><img src=x>"
+    traces = [curve(Style(nasty, "blue"), [1, 10], [{"value": 0.5}, {"value": 1.0, "interval95": [0.5, 1.0]}])]
+    traces.append(level(Style("level", "grey", "dot"), 0.3, (1, 10)))
+    view = panels({nasty: traces, "b": traces}, {"type": "log"}, share("y"))
+    page = paper.Page("t", [], [], [], {"v": view}, "")
+    text = write_page(page, tmp_path / "p.html").read_text(encoding="utf-8")
+    (shown,) = json.loads(text.partition('<script id="views" type="application/json">')[2].partition("</script>")[0])
+    assert "<img" not in text
+    assert "<" not in shown["layout"]["annotations"][0]["text"]
+    assert shown["data"][0]["x"] == [1, 10]
+    assert shown["data"][0]["error_y"]["arrayminus"] == [0.0, 0.5]
+    figure = go.Figure(shown)
+    assert [t.xaxis for t in figure.data] == ["x", "x", "x2", "x2"]
+    assert [t.showlegend for t in figure.data] == [True, True, False, False]  # one entry for both panels
+
+
+# ---------------------------------------------------------------- figure 4
+
+
+def test_figure4_asks_for_runs_that_the_benchmark_has() -> None:
+    """Spelt the same way, or each would be run twice; and each is a run of its own."""
+    shared = {*PAPER, *SOUND, *CONTROLS} & set(figure4.RUNS)
+    assert shared == {
+        "lissa:steps=10,damping=0.1@response",
+        "lissa:protocol=paper,steps=10,damping=0.1@padded",
+        "exact-block:damping=0.1@padded",
+        "exact-block:damping=0.1@response",
+        "exact:damping=0.1@response",
+        "repsim:layer=last,text=prompt",
+        "bm25:text=both",
+    }
+    assert "lissa:steps=10,damping=0.1" in BY_SIDE
+    assert runs("all", ",".join(figure4.RUNS)) == list(dict.fromkeys(figure4.RUNS)) == list(figure4.RUNS)
+    assert {view for run in figure4.RUNS if (view := split(run)[1])} == {"padded", "response"}
+    assert runs("all", ",".join(figure5.RUNS)) == list(figure5.RUNS)
+
+
+def test_figure4_is_what_lissa_gives_on_the_cells_features(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracy, AUROC and residual of each number of iterations; iterations end in the solution; tests are paired."""
+    kept = bench_module.bench
+    monkeypatch.setattr(bench_module, "bench", lambda *a, **k: kept(*a, **k, keep=True))
+    path = figure4.run(request("figure4", model_dir, tmp_path / "out"))
+    r = json.loads(path.read_text(), parse_constant=pytest.fail)
+    x, task = r["tasks"]["grammars"], tiny()
+    assert list(x["runs"]) == list(figure4.RUNS)
+    assert (x["queries"], x["seeds"], x["failed"]) == (3, [0], {})
+    (features,) = (tmp_path / "cache" / "bench").glob(f"*/{FEATURES}")
+    train, queries = (FeatureStore.open(features / part) for part in ("train", "reference"))
+    per_run = {}
+    for run in figure4.RUNS:
+        spec, view = split(run)
+        method = parse(spec)
+        scores = CellInputs(train, queries, view).score(method)
+        per_run[run] = metrics.accuracy(scores, task.truth)[:3]
+        assert x["runs"][run]["accuracy"]["value"] == pytest.approx(per_run[run].mean(), abs=1e-4)
+        assert x["runs"][run]["auroc"]["value"] == pytest.approx(metrics.auroc(scores, task.truth)[:3].mean(), abs=1e-4)
+        left = np.median(method.residual[0.1]) if spec.startswith("lissa") else None  # type: ignore[attr-defined]
+        found = x["runs"][run].get("residual")
+        assert (found is None) == (left is None)
+        assert left is None or found["value"] == pytest.approx(left, rel=1e-3)
+    for view in figure4.VIEWS:
+        left = [x["runs"][run]["residual"]["value"] for run in figure4.CURVES[view].values()]
+        assert left == sorted(left, reverse=True)
+        assert left[-1] < 1e-3 < left[0]
+        last, solved = figure4.CURVES[view][100_000], figure4.SOLVED[view]
+        assert x["runs"][last]["auroc"]["value"] == pytest.approx(x["runs"][solved]["auroc"]["value"], abs=1e-3)
+    # The test of the difference is the benchmark's own, between the runs that the question names.
+    for t in r["tests"]:
+        if (t["question"], t["metric"]) == ("solved − 10 iterations", "accuracy"):
+            view = t["curve"]
+            a, b = per_run[figure4.SOLVED[view]], per_run[figure4.CURVES[view][10]]
+            expected = compare(a[None], b[None], same_queries=False)
+            assert (t["value"], t["p"]) == (
+                pytest.approx(expected.value, abs=1e-4),
+                pytest.approx(expected.p, abs=0.02),
+            )
+            assert t["p_holm"] >= t["p"]
+    span = x["runs"][figure4.REPSIM]["accuracy"]
+    expected = interval(per_run[figure4.REPSIM][None], same_queries=False)
+    assert [span["value"], *span["interval95"]] == pytest.approx(list(expected), abs=1e-4)
+    page = figure4.show(tmp_path / "out", "figure4")
+    whole(page)
+    assert "after 1," in figure4.reading(r, "grammars", "padded")
+    # A second run trains and scores nothing.
+    monkeypatch.setattr(bench_module, "run_cell", lambda *a, **k: pytest.fail("the cell was run again"))
+    figure4.run(request("figure4", model_dir, tmp_path / "out"))
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/tables.py, on results of its own."""
+    place = Path(__file__).resolve().parent.parent / "benchmarks" / "tables.py"
+    spec = importlib.util.spec_from_file_location("tables_script_of_curves", place)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def made_up(solved: float, ten: float, p: float) -> dict[str, Any]:
+    runs = {
+        figure4.SOLVED["padded"]: {"accuracy": {"value": solved}},
+        figure4.CURVES["padded"][10]: {"accuracy": {"value": ten}},
+        figure4.CURVES["padded"][1]: {"accuracy": {"value": ten}},
+    }
+    key = {"task": "t", "curve": "padded", "metric": "accuracy"}
+    tests = [key | {"question": q, "value": solved - ten, "p": p, "p_holm": p} for q in figure4.QUESTIONS[:3]]
+    return {"tasks": {"t": {"runs": runs}}, "tests": tests}
+
+
+@pytest.mark.parametrize(
+    ("solved", "ten", "p", "words"),
+    [
+        (0.9, 0.5, 0.01, "rises with the iterations"),
+        (0.2, 0.5, 0.01, "falls with the iterations"),
+        (0.9, 0.5, 0.07, "does not change significantly"),
+    ],
+)
+def test_figure4_says_what_its_numbers_say(solved: float, ten: float, p: float, words: str) -> None:
+    r = made_up(solved, ten, p)
+    assert words in figure4.reading(r, "t", "padded")
+    assert figure4.answer(r, "t", "padded", figure4.QUESTIONS[1]).count("*") == (p < 0.05)
+    del r["tasks"]["t"]["runs"][figure4.SOLVED["padded"]]
+    assert "has failed" in figure4.reading(r, "t", "padded")
+    assert figure4.answer(r, "t", "response", figure4.QUESTIONS[1]) == "–"
+
+
+# ---------------------------------------------------------------- figure 5
+
+
+def test_figure5_is_what_the_methods_give_at_each_checkpoint(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = along.at_checkpoint
+    monkeypatch.setattr(along, "at_checkpoint", lambda *a, **k: kept(*a, **k, keep=True))
+    path = figure5.run(request("figure5", model_dir, tmp_path / "out"))
+    r = json.loads(path.read_text(), parse_constant=pytest.fail)
+    x, task = r["tasks"]["grammars"], tiny()
+    points = x["checkpoints"]
+    assert [p["step"] for p in points] == [1, 2, 3, 6]
+    assert (r["left_out"], [p["failed"] for p in points]) == ([], [{}] * 4)
+    losses, values = [], []
+    for p in points:
+        (folder,) = (tmp_path / "cache" / "along").glob(f"*-step{p['step']}-*/{FEATURES}")
+        train, queries = (FeatureStore.open(folder / part) for part in ("train", "queries"))
+        assert p["loss"]["train"] == pytest.approx(token_loss(train))
+        for run in figure5.RUNS:
+            spec, view = split(run)
+            scores = CellInputs(train, queries, view).score(parse(spec))
+            for m in figure5.METRICS:
+                expected = metrics.per_query(scores, task.truth, 2)[m][:3]  # the last query is not of a main group
+                assert p["runs"][run][m]["values"] == pytest.approx(expected.tolist(), abs=1e-4)
+                assert p["runs"][run][m]["value"] == pytest.approx(expected.mean(), abs=1e-4)
+        losses.append(p["loss"]["train"]["tuned"])
+        values.append(p["runs"]["graddot@response"]["auroc"]["value"])
+    assert losses[-1] < losses[0] < points[0]["loss"]["train"]["base"]
+    rho = x["correlation"]["graddot@response"]["auroc"]
+    assert rho is None or rho == pytest.approx(spearmanr([-v for v in losses], values).statistic, abs=1e-4)
+    # The last checkpoint is the adapter, loaded and looked at in another way.
+    (adapter,) = (p for p in (tmp_path / "cache").glob("**/adapter_model.safetensors") if "checkpoint" not in str(p))
+    loaded = load(ModelSpec(str(model_dir), str(adapter.parent)))
+    assert losses[-1] == pytest.approx(loss_of(loaded, task), rel=1e-4)
+    whole(figure5.show(tmp_path / "out", "figure5"))
+    # What is there is kept; another seed is another run, and does not overwrite it.
+    monkeypatch.setattr(along, "at_checkpoint", lambda *a, **k: pytest.fail("measured again"))
+    figure5.run(request("figure5", model_dir, tmp_path / "out"))
+
+
+def test_the_pages_tables_hold_the_results_numbers(model_dir: Path, tmp_path: Path, script: ModuleType) -> None:
+    empty = script.render("<!-- table: figure5 -->\nold\n<!-- end -->")
+    assert "*Not run yet.*" in empty
+    r = json.loads(figure5.run(request("figure5", model_dir, tmp_path / "paper")).read_text())
+    rows = rows_of(script.render("<!-- table: figure5 -->\nold\n<!-- end -->"))
+    first, last = (r["tasks"]["grammars"]["checkpoints"][k] for k in (0, -1))
+    (row,) = (x for x in rows if x[:2] == ["grammars, response", "cosine"])
+    assert row[2].startswith(f"{first['runs']['gradcos@response']['accuracy']['value']:.2f} (")
+    assert row[4].startswith(f"{last['runs']['gradcos@response']['accuracy']['value']:.2f} (")
+    assert row[6].startswith(("+", "-", "−"))
+    assert all(len(x) == len(rows[0]) for x in rows)
+    r4 = json.loads(figure4.run(request("figure4", model_dir, tmp_path / "paper")).read_text())
+    rows = rows_of(script.render("<!-- table: figure4 -->\nold\n<!-- end -->"))
+    (row,) = (x for x in rows if x[0] == "grammars, padded" and len(x) == 10)
+    solved = r4["tasks"]["grammars"]["runs"]["exact-block:damping=0.1@padded"]["accuracy"]
+    assert row[5] == f"{solved['value']:.2f} ({solved['interval95'][0]:.2f} to {solved['interval95'][1]:.2f})"
+    assert ["grammars, released", "–", "–", "–", "–"] in [x[:5] for x in rows]
+
+
+def loss_of(loaded: Any, task: Task) -> float:
+    """Mean loss of the response tokens by the model's own logits, one row at a time."""
+    import torch
+
+    from datablame.encoding import IGNORED, Encoding, encode_rows
+
+    total, count = 0.0, 0
+    for row in encode_rows(Encoding(loaded.tokenizer, None, loaded.max_length), task.train):
+        logits = loaded.model(torch.tensor([row.input_ids])).logits[0].log_softmax(dim=-1)
+        for k, label in enumerate(row.labels[1:]):
+            if label != IGNORED:
+                total, count = total - float(logits[k, label]), count + 1
+    return total / count
+
+
+def prepared(model_dir: Path) -> list[tuple[int, Path]]:
+    """The tiny fine-tune, trained."""
+    task, cell = tiny(), Cell(str(model_dir), "grammars", "smoke", 0)
+    sha = load(ModelSpec(str(model_dir), None, None)).model_sha256
+    from datablame.evaluation.cell import options
+
+    return finetunes.snapshots(finetunes.fine_tuned(cell.model, task.train, options(cell, task), model_sha256=sha))
+
+
+def test_figure5_goes_on_where_it_was_interrupted(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a fine-tune nor a finished checkpoint is done twice, and the numbers are those of one go."""
+    real, done = along._found, []
+
+    def stops(*a: Any) -> dict[str, Any]:
+        done.append(Path(a[2]).name)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(*a)
+
+    monkeypatch.setattr(along, "_found", stops)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        figure5.run(request("figure5", model_dir, out))
+    assert not (out / "figure5.json").exists()
+    figure5.run(request("figure5", model_dir, out))
+    assert done == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-3", "checkpoint-6"]
+    assert not list((tmp_path / "cache" / "along").glob(f"*/{FEATURES}"))  # stores are deleted
+    again = json.loads((out / "figure5.json").read_text())
+    shutil.rmtree(tmp_path / "cache" / "along")
+    (out / "figure5.json").unlink()
+    figure5.run(request("figure5", model_dir, out))
+    assert json.loads((out / "figure5.json").read_text())["tasks"] == again["tasks"]
+
+
+def test_figure5_leaves_out_what_is_missing_and_what_is_not_finite(model_dir: Path, tmp_path: Path) -> None:
+    """A NaN is never averaged in; with too few checkpoints there is no figure."""
+    there = dict(prepared(model_dir))
+    weights = there[2] / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({k: v * float("nan") for k, v in tensors.items()}, weights)
+    figure5.run(request("figure5", model_dir, tmp_path / "a"))
+    r = json.loads((tmp_path / "a" / "figure5.json").read_text(), parse_constant=pytest.fail)
+    assert [p["step"] for p in r["tasks"]["grammars"]["checkpoints"]] == [1, 3, 6]
+    (why,) = r["left_out"]
+    assert re.search(r"grammars, step 2: left out: row .* is not finite", why)
+    assert why in figure5.show(tmp_path / "a", "figure5").notes
+    (there[3] / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        UserError, match="no fine-tune has 3 checkpoints.*step 3: left out, its checkpoint is not there"
+    ):
+        figure5.run(request("figure5", model_dir, tmp_path / "b"))
+    assert not (tmp_path / "b" / "figure5.json").exists()
+
+
+def test_a_run_that_fails_at_one_checkpoint_is_a_gap_there(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = "graddot@padded"
+
+    def checkpoint(step: int, loss: float, values: list[float] | None) -> dict[str, Any]:
+        runs_ = {x: {m: [1.0, 0.0] for m in figure5.METRICS} for x in figure5.RUNS}
+        runs_[run] = {"error": "no"} if values is None else dict.fromkeys(figure5.METRICS, values)
+        return {
+            "step": step, "main": ["q"], "queries": [{"group": "q"}] * 2, "seconds": 1.0,
+            "results": {"reference": runs_}, "chance": {m: [0.5, 0.5] for m in figure5.METRICS},
+            "loss": {who: {"tuned": loss, "base": 3.0} for who in ("train", "queries")},
+        }  # fmt: skip
+
+    some = [checkpoint(1, 3.0, [0.0, 0.0]), checkpoint(2, 2.0, None), checkpoint(4, 1.5, [1.0, 0.0])]
+    some += [checkpoint(8, 1.0, [1.0, 1.0])]
+    found = figure5.summary({"grammars": {"rows": 6, "shows": "neither", "checkpoints": some}})
+    told = found["tasks"]["grammars"]
+    assert [run in p["runs"] for p in told["checkpoints"]] == [True, False, True, True]
+    assert told["checkpoints"][1]["failed"] == {run: "no"}
+    assert told["correlation"][run]["accuracy"] == 1.0  # rises as the loss falls, over three checkpoints
+    assert told["correlation"]["graddot@response"]["accuracy"] is None  # does not vary
+    (t,) = (t for t in found["tests"] if (t["run"], t["metric"]) == (run, "accuracy"))
+    assert (t["value"], t["p"]) == (1.0, pytest.approx(0.5, abs=0.01))  # two queries: 2 of 4 flips are as far
+
+
+def test_checkpoints_are_log_spaced() -> None:
+    every = [(s, Path(str(s))) for s in (1, 2, 4, 8, 16, 30, 60, 90, 120, 150, 180)]
+    assert [s for s, _ in along.spaced(every, 8)] == [1, 2, 4, 8, 16, 30, 90, 180]
+    assert [s for s, _ in along.spaced(every, 3)] == [1, 16, 180]
+    assert along.spaced(every[:2], 8) == every[:2]
+
+
+def test_the_command_line(run: Run, model_dir: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "o")
+    code, _, err = run("paper", "run", "figure5", "--model", model_dir, *out)
+    assert code == 0, err
+    code, said, err = run("paper", "show", "figure5", *out)
+    assert code == 0, err
+    assert "from step 1 to 6" in " ".join(said.split())
+    text = (tmp_path / "o" / "figure5.html").read_text(encoding="utf-8")
+    assert "autorange" in text
+    code, _, err = run("paper", "run", "figure5", "--model", model_dir, "--seed", 1, *out)
+    assert (code, "holds another run" in err) == (2, True)
