@@ -146,11 +146,13 @@ def test_fingerprints_and_damaged_results(tmp_path: Path) -> None:
     # On one set of responses only is not enough, nor are features captured with other options than today's.
     wanted = ["bm25", "length", "kfac@response", "ekfac@response"]
     assert lacking(path, "f", wanted) == ["length", "kfac@response"]
+    assert bench_module._there(path, "f")
     assert lacking(path, "other", ["bm25"]) == ["bm25"]
     path.write_text(
         json.dumps({"version": 1, "fingerprint": "f", "results": results})
     )  # the answers' numbers are wrong
     assert lacking(path, "f", ["bm25", "length"]) == ["bm25", "length"]
+    assert not bench_module._there(path, "f")  # the usual features are captured again, whichever runs are wanted
 
 
 def test_results_are_json_with_a_line_a_run() -> None:
