@@ -21,6 +21,7 @@ from datablame.evaluation.results import TaskResults, load_results
 from datablame.paper import experiment, module
 from datablame.paper import figure4 as iterations
 from datablame.paper import figure5 as convergence
+from datablame.paper import figure7 as widths
 from datablame.paper import table5 as paper
 from datablame.paper.figure3 import spread
 from datablame.report.bench import BASE
@@ -33,6 +34,7 @@ FILES = {
     **dict.fromkeys(("table5", "figure3", "residuals"), "paper/table5"),
     "figure4": "paper/figure4",
     "figure5": "paper/figure5",
+    "figure7": "paper/figure7",
     **dict.fromkeys(("captures", "curvatures"), "methods"),
 }
 """Tables whose result has another name."""
@@ -367,6 +369,14 @@ def shown(name: str) -> str:
     page = module(name).show(folder, name)
     parts = [f"{t.title}:\n\n{bench_tables.markdown([t.headings, *t.rows])}" for t in page.tables]
     return "\n\n".join([*parts, *(f"- {note}" for note in page.notes), f"`{page.command}`"])
+
+
+def figure7(r: dict[str, Any]) -> str:
+    """The page's tables, and its verdicts."""
+    tables = [f"**{t.title}**\n\n{bench_tables.markdown([t.headings, *t.rows])}" for t in widths.tables(r)]
+    verdicts = [f"- {widths.verdict(s)}" for s in r["settings"]]
+    where = f"{r['machine']}, {r['threads']} thread(s), {len(r['run']['protocol']['seeds'])} seeds. `{r['command']}`"
+    return "\n\n".join([*tables, "\n".join([*verdicts, *(f"- {s}" for s in widths.stops(r))]), where])
 
 
 def retraining(kind: str) -> str:

@@ -38,6 +38,7 @@ class Experiment:
 
 
 LINEAR = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 20 minutes, 4 GB of memory"}
+WIDTHS = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 6 minutes, 1 GB of memory"}
 ITERATIONS = {
     "smoke": "6 minutes, the model's 93 MB fetched once",
     "cpu": "180 minutes, 90 where the cells are there without these runs",
@@ -90,6 +91,9 @@ EXPERIMENTS = {
     "figure6": _alignment("losses, behaviour, ‖Δθ‖ by epoch", "figure6", "3 minutes more", "about 40 minutes more"),
     "figure4": Experiment("LiSSA's iterations against accuracy", ITERATIONS, "figure4.json", "figure4"),
     "figure5": Experiment("accuracy along a fine-tune, against its loss", ALONG, "figure5.json", "figure5"),
+    "figure7": Experiment(
+        "change of parameters and accuracy along training, four widths", WIDTHS, "figure7.json", "figure7"
+    ),
 }
 """name -> what it is."""
 
