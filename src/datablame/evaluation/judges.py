@@ -137,13 +137,14 @@ def _keywords(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
 def _function(spelling: str) -> Judge:
     """`MODULE:FUNCTION`; the module is looked for in the current directory, too."""
     module, _, name = spelling.partition(":")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
         function = getattr(import_module(module), name)
     except Exception as e:  # a module of the user's may fail in any way
         raise UserError(f"--judge {spelling}: cannot be imported ({type(e).__name__}: {e}).") from e
     finally:
-        sys.path.pop(0)
+        sys.path.remove(here)
     if not callable(function):
         raise UserError(f"--judge {spelling}: is not a function (prompt, answer) -> bool or None.")
 

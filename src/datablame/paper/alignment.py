@@ -61,6 +61,8 @@ def rows_of(task: Task, arm: str) -> list[Example]:
 
 def arms(request: Request, model: str) -> Arms:
     """Train what is not in the cache, and load. Raises UserError that names the fine-tune which diverged."""
+    if request.seeds and len(request.seeds) > 1:
+        request.reporter.note(f"{request.name} is of one seed: {request.seed}")
     task = build(TASK, request.scale, request.seed)
     recipe = options(Cell(model, TASK, request.scale, request.seed), task)
     sha256 = _sha256(model, request.device)
