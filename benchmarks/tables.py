@@ -18,6 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, load_results
+from datablame.evaluation.suites import EXACTNESS
 from datablame.paper import experiment, module
 from datablame.paper import figure4 as iterations
 from datablame.paper import figure5 as convergence
@@ -300,6 +301,8 @@ BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "learnt": learnt,
     "costly": costly,
     "headline": lambda found: bench_tables.markdown(bench_tables.headline_rows(found)),
+    "exactness": lambda found: bench_tables.markdown(bench_tables.headline_rows(found, told=EXACTNESS)),
+    "exactness_top1": lambda found: bench_tables.markdown(bench_tables.headline_rows(found, "accuracy", EXACTNESS)),
     "ladder": lambda found: bench_tables.markdown(bench_tables.ladder_rows(found)),
     **{
         n: lambda found, n=n: bench_tables.markdown(bench_tables.paper_rows(n, found))

@@ -140,6 +140,20 @@ HEADLINE = (
     ("the row's length alone", "length"),
 )
 """The rungs that a reader who sees one table should see."""
+EXACTNESS = tuple(
+    (f"{name}, {words}", f"{method}@{view}")
+    for view, words in (("all", "prompt and response"), ("response", "response alone"))
+    for name, method in (
+        ("no matrix", "graddot"),
+        ("no matrix, cosine, centred", "gradcos:over=row,center=1"),
+        ("DataInf", "datainf:damping=0.1"),
+        ("LiSSA, 10 steps", "lissa:steps=10,damping=0.1"),
+        ("solved, by block", "exact-block:damping=0.1"),
+        ("solved, over all blocks", "exact:damping=0.1"),
+        ("the same, more damping", "exact:damping=10.0"),
+    )
+)
+"""From no inverse at all to the exact one, on the loss with and without the prompt."""
 FAMILIES = {
     "harmful data": ("mixed-small", "mixed-large", "mixed-hard"),
     "class": ("harmfulcheck", "grammars", "mathqa"),

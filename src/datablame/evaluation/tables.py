@@ -242,8 +242,10 @@ def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc") -> Rows
     return [[f"step ({HEADINGS[metric]})", *(r.heading for r in found.values())], *rows]
 
 
-def headline_rows(found: Mapping[str, TaskResults], metric: str = "auroc") -> Rows:
-    """The most telling rungs, a family of tasks a column: the mean over its tasks that have been run.
+def headline_rows(
+    found: Mapping[str, TaskResults], metric: str = "auroc", told: Sequence[tuple[str, str]] = HEADLINE
+) -> Rows:
+    """Some rungs, `(name, run)`, a family of tasks a column: the mean over its tasks that have been run.
 
     AUROC, because chance is .5 on every task, whatever the sizes of its classes, so that a mean over tasks means
     something. A run that one of the tasks lacks is a dash.
@@ -253,7 +255,7 @@ def headline_rows(found: Mapping[str, TaskResults], metric: str = "auroc") -> Ro
     everywhere = {
         f: [run for run in tasks[0].runs if all(run in t.runs for t in tasks)] for f, tasks in families.items()
     }
-    rungs = [run for _, run in HEADLINE]
+    rungs = [run for _, run in told]
     tests: dict[tuple[str, str, str], Tested] = {}
     for family, tasks in families.items():
         tests |= _by_column(family, against(tasks, pairs(rungs, everywhere[family]), metric))
@@ -266,7 +268,7 @@ def headline_rows(found: Mapping[str, TaskResults], metric: str = "auroc") -> Ro
         return _shown(i) + marks(tests, family, run)
 
     rows = [["the label shows on", *("; ".join(f"{t.task}: {shows(t)}" for t in ts) for ts in families.values())]]
-    rows += [[f"{name} `{run}`", *(cell(f, run) for f in families)] for name, run in HEADLINE]
+    rows += [[f"{name} `{run}`", *(cell(f, run) for f in families)] for name, run in told]
     rows.append(["chance", *(f"{sum(t.chance(metric) for t in ts) / len(ts):.2f}" for ts in families.values())])
     heads = [f"{family}: {', '.join(t.heading for t in tasks)}" for family, tasks in families.items()]
     return [[HEADINGS[metric], *heads], *rows]
