@@ -31,7 +31,7 @@ from datablame.evaluation.tasks.base import Task, examples, same_label
 from datablame.indexing import SILENT
 from datablame.methods import parse
 from datablame.models import ModelSpec, load
-from datablame.paper import figure4, figure5
+from datablame.paper import figure4, figure5, results
 from datablame.paper.panels import Style, curve, level, panels, share
 from datablame.report.paper import write_page
 from datablame.store import FeatureStore
@@ -365,6 +365,15 @@ def test_a_run_that_fails_at_one_checkpoint_is_a_gap_there(model_dir: Path, monk
     assert told["correlation"]["graddot@response"]["accuracy"] is None  # does not vary
     (t,) = (t for t in found["tests"] if (t["run"], t["metric"]) == (run, "accuracy"))
     assert (t["value"], t["p"]) == (1.0, pytest.approx(0.5, abs=0.01))  # two queries: 2 of 4 flips are as far
+
+
+def test_too_few_queries_are_told() -> None:
+    """Five queries that all agree have p = 1/16; six, 1/32."""
+    five, six = (compare(np.ones((1, m)), np.zeros((1, m))).p for m in (5, 6))
+    assert six < 0.05 < five
+    (said,) = results.too_few({"a": {"queries": 5}, "b": {"queries": 6}})
+    assert "a: with 5 queries" in said
+    assert "0.0625" in said
 
 
 def test_checkpoints_are_log_spaced() -> None:

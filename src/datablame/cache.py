@@ -34,7 +34,7 @@ KINDS = {
 """Directory -> what it holds, and what its removal costs."""
 WHOLE = ("mnist",)
 """Kinds that are one entry."""
-LOCKED = ("bench", "finetunes")
+LOCKED = ("bench", "finetunes", "along")
 """Kinds whose entries are worked on under a file `lock` in them."""
 BEING_MADE = 3600
 """Seconds for which something unfinished (`….part`) counts as in use after it was last written to."""

@@ -19,12 +19,12 @@ import numpy as np
 from datablame.adapters import WEIGHTS, fingerprint_adapter
 from datablame.encoding import Encoding
 from datablame.evaluation import metrics
-from datablame.evaluation.bench import alone
 from datablame.evaluation.cell import FEATURES, Cell, features, fingerprint, token_loss
 from datablame.evaluation.scoring import measured, n_classes, rounded, score_runs
 from datablame.evaluation.suites import split
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
+from datablame.locks import alone
 from datablame.models import ModelSpec, load
 from datablame.store import SCHEMA
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import Style, Trace, curve, level, panels, share
-from datablame.paper.results import half, point, read, write
+from datablame.paper.results import half, point, read, too_few, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults, Tested
@@ -160,7 +160,7 @@ def answer(r: Mapping[str, Any], task: str, curve: str, question: str, metric: s
     wanted = {"task": task, "curve": curve, "question": question, "metric": metric}
     for t in r["tests"]:
         if all(t[k] == v for k, v in wanted.items()):
-            value = round(t["value"], 9) + 0.0
+            value = round(t["value"], 2) + 0.0
             return f"{value:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
     return "–"
 
@@ -198,6 +198,7 @@ def show(out: Path, name: str) -> Page:
     failed = [f"{t}: {run} failed: {why}" for t, x in tasks.items() for run, why in x["failed"].items()]
     notes = [
         *NOTES,
+        *too_few(tasks),
         *(reading(r, task, view) for task in tasks for view in VIEWS),
         *(f"The paper on {task}: {PAPER[task]}." for task in tasks if task in PAPER),
         *failed,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from datablame.errors import UserError
 from datablame.paper import Page, Request, Table, experiment
 from datablame.paper.panels import Style, curve, level, panels, share
-from datablame.paper.results import already_there, half, point, read, write
+from datablame.paper.results import already_there, half, point, read, too_few, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults
@@ -220,6 +220,7 @@ def show(out: Path, name: str) -> Page:
     ]
     notes = [
         *NOTES,
+        *too_few(tasks),
         *(reading(r, task, k) for task in tasks for k in range(len(VIEWS))),
         *(f"The paper on {task}: {PAPER[task]}." for task in tasks if task in PAPER),
         *r["left_out"],
@@ -252,7 +253,7 @@ def reading(r: Mapping[str, Any], task: str, view: int) -> str:
     for method, runs in METHODS.items():
         t = _test(r, task, runs[view], "accuracy")
         if t is not None:
-            change = "the same" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
+            change = "not told apart" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
             a, b = (p["runs"][runs[view]]["accuracy"]["value"] for p in (first, last))
             told.append(f"{method} {a:.2f} to {b:.2f}, {change}")
     words = "; ".join(told) or "no method ran at both ends"
@@ -269,14 +270,16 @@ def change(r: Mapping[str, Any], task: str, run: str, metric: str = "accuracy") 
     t = _test(r, task, run, metric)
     if t is None:
         return "–"
-    return f"{round(t['value'], 9) + 0.0:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
+    return f"{round(t['value'], 2) + 0.0:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
 
 
 def _table(r: Mapping[str, Any], task: str, view: int, metric: str) -> Table:
     """A checkpoint a row, a method a column; then ρ, and the last minus the first, where it is accuracy."""
     x = r["tasks"][task]
     points, runs = x["checkpoints"], [pair[view] for pair in METHODS.values()]
-    rows = [
+    base = [f"{points[0]['loss'][who]['base']:.2f}" for who in LOSSES]
+    rows = [["base", *base, *["–"] * len(METHODS)]]
+    rows += [
         [
             f"{p['step']:,}",
             *(f"{p['loss'][who]['tuned']:.2f}" for who in LOSSES),

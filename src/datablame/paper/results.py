@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +93,12 @@ def point(x: Any) -> dict[str, Any]:
 def half(x: dict[str, Any]) -> float:
     """Half of a point's interval."""
     return (x["interval95"][1] - x["interval95"][0]) / 2
+
+
+def too_few(tasks: Mapping[str, Any]) -> list[str]:
+    """A sentence for each task whose `queries` are so few that no paired test over them can be significant at 5 %."""
+    return [
+        f"{task}: with {x['queries']} queries no difference can be significant; the smallest p is {2.0 ** (1 - m):g}."
+        for task, x in tasks.items()
+        if 2.0 ** (1 - (m := x["queries"])) >= 0.05
+    ]
