@@ -120,7 +120,7 @@ def methods(r: dict[str, Any]) -> str:
     text += f"1/{len(r['queries'])} for one ranking. {r['training_rows']} rows, {len(r['queries'])} queries, "
     text += f"one adapter, {r['machine']}, {r['threads']} thread."
     left = [f"`{name}`: {why}." for name, why in r["not_run"].items()]
-    left += [f"Not finished: {', '.join(r['not_finished'])}."] if r["not_finished"] else []
+    left += [f"Not finished: {', '.join(f'`{p}`' for p in r['not_finished'])}."] if r["not_finished"] else []
     return "\n\n".join([bench_tables.markdown(rows), text, "Not run. " + " ".join(left)])
 
 
