@@ -35,6 +35,7 @@ def bench(
     seeds: Sequence[int] | None = None,
     recipes: Sequence[str] = ("sound",),
     sources: dict[str, str | None] | None = None,
+    layers: Sequence[str | None] = (None,),
     device: str | None = None,
     dtype: str | None = None,
     keep: bool = False,
@@ -46,15 +47,16 @@ def bench(
     Several processes may run the same command at once: each takes cells that no other has begun.
     A cell is a task, a seed and a recipe (`sound`, or `paper`: the paper's own fine-tune, first seed only).
     `methods` as in `suites.runs`; without it one cell has `suites.costly` too. `dry` only plans and forecasts.
+    layers: cells with a LoRA in some blocks only, such as `0,1,2,3`; None: in all.
 
     Raises UserError for an unknown name, and, at the end, when under the sound recipe at a scale above `smoke` a
-    fine-tune has not learnt its behaviour.
+    fine-tune of all layers has not learnt its behaviour.
     """
     check_scale(scale)
     if dtype == "float64":
         raise UserError("--dtype float64: attention over padding is not finite in it (the padded view). Use float32.")
     given = {k: v for k, v in (sources or {}).items() if v is not None}
-    cells = _wanted(_cells(model, scale, tasks, seeds, recipes, given), suite, methods)
+    cells = _wanted(_cells(model, scale, tasks, seeds, recipes, given, layers), suite, methods)
     paths = {cell: result_path(Path(out), cell) for cell in cells}
     loaded = load(ModelSpec(model, None, device, dtype))
     model_sha256 = loaded.model_sha256
@@ -67,14 +69,14 @@ def bench(
     for cell, task, _ in plan.cells:
         _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given), how)
     if scale != "smoke":
-        _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound"])
+        _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound" and cell.layers is None])
     return list(paths.values())
 
 
 def _wanted(cells: Sequence[Cell], suite: Suite, methods: str | None) -> dict[Cell, list[str]]:
     """The runs of each cell. Raises UserError for an unknown suite, method or view."""
     usual = runs(suite, methods)
-    of_one = {c: () if methods else costly(c.rows, c.scale, c.seed, c.recipe, suite) for c in cells}
+    of_one = {c: () if methods or c.layers else costly(c.rows, c.scale, c.seed, c.recipe, suite) for c in cells}
     return {cell: [*usual, *more] for cell, more in of_one.items()}
 
 
@@ -121,7 +123,8 @@ def _complete(result: dict[str, Any]) -> dict[str, Any]:
 
 def _command(cell: Cell, sources: dict[str, str]) -> str:
     """What makes this cell again."""
-    given = "".join(f" --{k} {k.upper()}" for k in sources if k in takes(cell.task))
+    given = f" --layers {cell.layers}" if cell.layers else ""
+    given += "".join(f" --{k} {k.upper()}" for k in sources if k in takes(cell.task))
     return (
         f"datablame bench run --model {cell.described()['model']} --scale {cell.scale} --tasks {cell.task} "
         f"--seeds {cell.seed} --recipes {cell.recipe}{given}"
@@ -135,8 +138,9 @@ def _cells(
     seeds: Sequence[int] | None,
     recipes: Sequence[str],
     sources: dict[str, str],
+    layers: Sequence[str | None] = (None,),
 ) -> list[Cell]:
-    """Each cell once. Raises UserError for an unknown task or recipe, and for a source that no task takes."""
+    """Each cell once. Raises UserError for an unknown task or recipe, odd layers, or a source that no task takes."""
     default = SMOKE_TASKS if scale == "smoke" else [n for n in names() if n not in RELEASED]
     chosen = list(dict.fromkeys(tasks or [*default, *(RELEASED if "data" in sources else ())]))
     if strange := [r for r in recipes if r not in RECIPES]:
@@ -146,11 +150,21 @@ def _cells(
         raise UserError(f"--{unused[0]}: none of {', '.join(chosen)} takes it.")
     numbers = list(dict.fromkeys(SEEDS[scale] if seeds is None else seeds))
     return [
-        Cell(model, task, scale, seed, recipe, named(task, sources))  # type: ignore[arg-type]
+        Cell(model, task, scale, seed, recipe, named(task, sources), blocks)  # type: ignore[arg-type]
+        for blocks in dict.fromkeys(map(_blocks, layers))
         for recipe in dict.fromkeys(recipes)
         for seed in (numbers if recipe == "sound" else numbers[:1])
         for task in chosen
     ]
+
+
+def _blocks(layers: str | None) -> str | None:
+    """Block numbers in one spelling."""
+    if layers is None:
+        return None
+    if not all(part.strip().isdecimal() for part in layers.split(",")):
+        raise UserError(f"--layers {layers}: block numbers separated by commas, such as 0,1,2.")
+    return ",".join(map(str, sorted({int(part) for part in layers.split(",")})))
 
 
 def named(task: str, sources: Mapping[str, str | None]) -> tuple[str, ...]:

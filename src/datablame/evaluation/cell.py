@@ -63,6 +63,7 @@ class Cell:
     """What decides a cell. recipe: `sound`, or `paper`: padding and prompt in the training loss, and its rate.
 
     sources: what stands in place of the invented text, such as `advbench`.
+    layers: the blocks that the LoRA is in, such as `0,1,2,3`; None: all of them.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Cell:
     seed: int
     recipe: Literal["sound", "paper"] = "sound"
     sources: tuple[str, ...] = ()
+    layers: str | None = None
 
     @property
     def rows(self) -> str:
@@ -79,18 +81,20 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its result file."""
-        return f"{self.rows}-{self.recipe}-s{self.seed}"
+        """Of its result file. A name with layers is of another kind: no table takes it for the task's."""
+        some = f"-layers.{self.layers.replace(',', '.')}" if self.layers else ""
+        return f"{self.rows}-{self.recipe}{some}-s{self.seed}"
 
     def described(self) -> dict[str, Any]:
         """For a result file: a model's directory by its name, since the path is of one machine."""
         model = Path(self.model).name if Path(self.model).exists() else self.model
-        return asdict(self) | {"model": model, "task": self.rows, "sources": list(self.sources)}
+        told = asdict(self) | {"model": model, "task": self.rows, "sources": list(self.sources)}
+        return {k: v for k, v in told.items() if k != "layers" or v is not None}
 
 
 def options(cell: Cell, task: Task) -> TuneOptions:
     """The recipe of the fine-tune. The paper's differs from the sound one in rate, batch and stopping."""
-    recipe = replace(task.recipe, seed=cell.seed, keep=1)
+    recipe = replace(task.recipe, seed=cell.seed, keep=1, layers=cell.layers or task.recipe.layers)
     return replace(recipe, rate=5e-5, batch=32, early_stop=3) if cell.recipe == "paper" else recipe
 
 

@@ -84,6 +84,9 @@ def run_bench(
     methods: Annotated[str | None, typer.Option(help="Methods, such as gradcos,exact:damping=1@response.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas. Default: 0,1,2; smoke: 0.")] = None,
     recipes: Annotated[str, typer.Option(help="Fine-tunes: sound, paper, or sound,paper.")] = "sound",
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Fine-tunes of these blocks only, such as 0,1,2,3; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results, one small file a cell.")] = RESULTS,
     dry: Annotated[bool, typer.Option("--dry", help="Only plan and forecast.")] = False,
     keep: Annotated[bool, typer.Option("--keep-features", help="Leave each cell's features in the cache.")] = False,
@@ -108,6 +111,7 @@ def run_bench(
         methods=methods,
         seeds=numbers(seeds),
         recipes=_split(recipes) or ["sound"],
+        layers=layers or [None],
         sources={"advbench": advbench, "alpaca": alpaca, "data": data},
         device=device,
         dtype=dtype,
