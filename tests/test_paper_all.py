@@ -107,6 +107,14 @@ def test_the_list_is_in_order_and_says_what_was_run(run: Any, some: dict[str, Mo
     assert said["figure2"].endswith("figure2.json is damaged; remove it and run again")
 
 
+def test_nothing_of_the_paper_is_missing() -> None:
+    assert paper.in_order() == [*(f"table{k}" for k in range(1, 12)), *(f"figure{k}" for k in range(1, 9))]
+    for name in paper.in_order():
+        assert callable(paper.module(name).run)
+        assert callable(paper.module(name).show)
+        assert {"smoke", "cpu"} <= set(paper.EXPERIMENTS[name].costs)
+
+
 def test_cells_are_united() -> None:
     assert runs("all", ",".join(runs("all"))) == runs("all")  # as `bench` is told of them
     wanted = [Cells(["a", "b"]), Cells(["b"], ["gradcos@response", "lissa:steps=7,damping=0.1@all"], [1, 5])]
@@ -132,8 +140,8 @@ def test_a_cell_that_two_need_is_run_once(
         some[name].cells = lambda request, wanted=wanted: Cells(["tiny"], wanted, [0])  # type: ignore[attr-defined]
         some[name].run = run  # type: ignore[attr-defined]
     made: list[str] = []
-    features = cell_module._features
-    monkeypatch.setattr(cell_module, "_features", lambda *a, **k: made.append("x") or features(*a, **k))  # type: ignore[func-returns-value]
+    features = cell_module.features
+    monkeypatch.setattr(cell_module, "features", lambda *a, **k: made.append("x") or features(*a, **k))  # type: ignore[func-returns-value]
     request = asked(tmp_path, model=str(model_dir))
     assert running.run_all(request, str) == {}
     assert made == ["x"]
