@@ -198,6 +198,7 @@ def test_a_paper_table_names_seeds_that_were_left_out(tmp_path: Path) -> None:
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/tables.py, on results of its own."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # its neighbours
     spec = importlib.util.spec_from_file_location("bench_tables_script", ROOT / "benchmarks" / "tables.py")
     assert spec
     assert spec.loader

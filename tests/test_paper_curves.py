@@ -171,6 +171,7 @@ def test_figure4_is_what_lissa_gives_on_the_cells_features(
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """benchmarks/tables.py, on results of its own."""
     place = Path(__file__).resolve().parent.parent / "benchmarks" / "tables.py"
+    monkeypatch.syspath_prepend(place.parent)  # its neighbours
     spec = importlib.util.spec_from_file_location("tables_script_of_curves", place)
     assert spec
     assert spec.loader
