@@ -15,6 +15,7 @@ from datablame.adapters import read_config
 from datablame.encoding import Encoding, encode_rows
 from datablame.examples import load_examples
 from datablame.models import load_tokenizer
+from datablame.tuning import decisive
 
 
 def test_the_rows_are_what_the_demo_says(smollm2: str) -> None:
@@ -39,7 +40,7 @@ def test_the_adapter_is_small_plain_and_says_how_it_was_made() -> None:
     config = read_config(demo.ADAPTER)
     assert config["base_model_name_or_path"] == demo.MODEL
     record = json.loads((demo.ADAPTER / "datablame.json").read_text())
-    assert record["options"] == vars(demo.RECIPE)
+    assert record["options"] == decisive(demo.RECIPE)
     for option in ("rank", "epochs", "batch", "seed"):
         assert f"--{option} {getattr(demo.RECIPE, option)}" in demo.COMMAND
 
