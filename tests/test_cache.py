@@ -6,14 +6,16 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from conftest import ROWS
 from datablame import cache, locks
@@ -177,6 +179,58 @@ def test_a_training_that_begins_meanwhile_is_waited_for(root: Path) -> None:
         assert not remove(entry)
     assert remove(entry)
     assert not entry.path.exists()
+
+
+def test_who_comes_to_read_just_before_the_removal_keeps_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading is marked under the lock, so marks are looked for under it, too."""
+    (entry,) = (e for e in entries() if e.kind == "finetunes")
+    mark = FileLock(entry.path / "used-1.lock")
+
+    class Reader(FileLock):
+        def acquire(self, *args: Any, **kwargs: Any) -> Any:
+            if Path(self.lock_file).name == "lock":
+                mark.acquire()
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "FileLock", Reader)
+    assert not remove(entry)
+    mark.release()
+    monkeypatch.undo()
+    assert (entry.path / "adapter" / "w").exists()
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_folder_that_is_removed_while_its_lock_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wait: bool
+) -> None:
+    """Who waits takes a lock in a new folder, and no other has it."""
+    monkeypatch.setattr(locks, "PROBED", 60)
+    folder = tmp_path / "x"
+    folder.mkdir()
+    begun, found = threading.Event(), []
+
+    class Waiting(FileLock):
+        def acquire(self, *args: Any, **kwargs: Any) -> Any:
+            begun.set()
+            return super().acquire(*args, **kwargs)
+
+    monkeypatch.setattr(locks, "FileLock", Waiting)
+
+    def work() -> None:
+        with locks.alone(folder / "lock", wait=wait) as first, pytest.raises(Timeout):
+            found.append(first)
+            FileLock(folder / "lock").acquire(timeout=0)
+
+    other = threading.Thread(target=work)
+    with FileLock(folder / "lock"):
+        other.start()
+        begun.wait()
+        time.sleep(0.2)  # it polls, and meets a folder that is gone
+        gone = folder.rename(tmp_path / "gone.part")
+        time.sleep(0.2)
+        shutil.rmtree(gone)
+    other.join()
+    assert found == [True]
 
 
 def test_a_fine_tune_that_is_read_is_in_use(

@@ -176,11 +176,13 @@ def _grabbed(path: Path, begin: bool = False) -> Iterator[bool]:
 
     begin: hold its `lock` even where nobody has made it yet.
     """
-    locks = {p for pattern in ("lock", "*.lock") for p in path.rglob(pattern)} if path.is_dir() else set()
-    if begin:
-        locks.add(path / "lock")
+    first = path / "lock"
     with ExitStack() as held:
         try:
+            if first.is_file() or (begin and path.is_dir()):
+                held.enter_context(FileLock(first).acquire(timeout=0))
+            # Only now: who reads a fine-tune marks it under that lock.
+            locks = {p for p in path.rglob("*lock") if p.name == "lock" or p.suffix == ".lock"} - {first}
             for lock in sorted(locks):
                 held.enter_context(FileLock(lock).acquire(timeout=0))
         except (Timeout, OSError):  # no right to the lock: somebody else's

@@ -23,17 +23,30 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
     wait: until the other one is done; then always True.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if wait else PROBED)
-    except Timeout:
+    if not _acquired(lock, path, -1 if wait else PROBED):
         yield False
         return
     try:
         yield True
     finally:
         lock.release()
+
+
+def _acquired(lock: FileLock, path: Path, seconds: float) -> bool:
+    """Take the lock within so many seconds (-1: whenever it is free), in a folder that is made where it is not there.
+
+    `datablame cache prune` may take the folder away while it is waited for: then the lock is a new one.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=seconds)
+            return True
+        except Timeout:
+            return False
+        except FileNotFoundError:
+            continue
 
 
 def hold(folder: Path) -> None:
