@@ -138,6 +138,8 @@ def test_an_interrupted_cell_goes_on(model_dir: Path, tmp_path: Path, monkeypatc
         m.setattr(cell_module, "score_runs", broken)
         with pytest.raises(KeyboardInterrupt):
             run(model_dir, tmp_path / "resumed")
+    (clock,) = (tmp_path / "second" / "bench").glob("*/seconds.json")
+    assert set(json.loads(clock.read_text())) == {"tune", "answers", "features", "scores"}  # what is cut off took time
     with monkeypatch.context() as m:  # neither trained nor answered again
         m.setattr(finetunes, "tune", broken)
         m.setattr(cell_module, "answers", broken)

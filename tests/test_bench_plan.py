@@ -16,7 +16,7 @@ from conftest import make_model, make_tokenizer
 from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
-from datablame.evaluation import forecast
+from datablame.evaluation import forecast, retraining, truth
 from datablame.evaluation.bench import lacking, read_result, to_json
 from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
 from datablame.evaluation.results import load_results
@@ -190,3 +190,35 @@ def test_bad_runs(methods: str, said: str) -> None:
         runs("all", methods)
     with pytest.raises(UserError, match="use paper, sound or all"):
         runs("both")  # type: ignore[arg-type]
+
+
+def test_scores_that_the_cache_lost_can_be_had_again(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cell has a result, so that the plain command would do nothing: what the message says does."""
+    sha, wanted = load(ModelSpec(str(model_dir))).model_sha256, ["gradcos@response", "bm25:text=both"]
+    out, cells = tmp_path / "out", [(Cell(str(model_dir), "tiny", "smoke", 0), tiny())]
+    run(model_dir, out)
+    (scores,) = (tmp_path / "cache" / "bench").glob("*/scores.npz")
+
+    def make() -> None:
+        truth.against_retraining(cells, sha, "lds", out, runs=wanted)
+
+    scores.unlink()
+    run(model_dir, out)
+    assert not scores.exists()
+    with pytest.raises(UserError, match="sound-s0.json is there, but the cache no longer holds .* --seeds 0 --out DIR"):
+        make()
+    run(model_dir, tmp_path / "other", methods=wanted[1])
+    with pytest.raises(UserError, match="no scores of gradcos@response.*no longer.*--methods gradcos@response --out"):
+        make()
+    (path,) = out.rglob("tiny-sound-s0.json")
+    result = json.loads(path.read_text())
+    result["results"]["reference"]["gradcos@response"] = {"error": "why", "seconds": 0}
+    path.write_text(json.dumps(result))
+    with pytest.raises(UserError, match="no scores of gradcos@response. It failed: why"):
+        make()
+    run(model_dir, tmp_path / "another")
+    monkeypatch.setattr(retraining, "_train", lambda *a: pytest.fail("now it trains"))
+    with pytest.raises(pytest.fail.Exception, match="now it trains"):
+        make()

@@ -173,7 +173,8 @@ def test_methods_are_held_against_retraining(
     found = json.loads(path.read_text())
     assert set(found["lds"]) == set(runs("all", METHODS))
     assert len(found["noise_ceiling"]["queries"]) == 4
-    with pytest.raises(UserError, match="no scores of gradnorm"):
+    first = "no scores of gradnorm@response. Run it first: datablame bench run .* --methods gradnorm@response"
+    with pytest.raises(UserError, match=first):
         truth.against_retraining([(cell, tiny())], sha, "lds", out, runs=["gradnorm@response"])
     monkeypatch.setattr(retraining, "_train", lambda *a: pytest.fail("trained before all seeds were looked at"))
     with pytest.raises(UserError, match="tiny-sound-s5: there are no scores yet"):

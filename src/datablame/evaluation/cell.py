@@ -182,12 +182,15 @@ def opened(
 
 
 def _timed(folder: Path, seconds: dict[str, float], stage: str, work: Callable[[], Any]) -> Any:
-    """What `work` gives; its time is added to what the stage took in earlier, interrupted runs."""
+    """What `work` gives; its time, also where it is interrupted, is added to what the stage took in earlier runs."""
     start = time.perf_counter()
-    done = work()
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-    (folder / CLOCK).write_text(json.dumps(seconds), encoding="utf-8")
-    return done
+    try:
+        return work()
+    finally:
+        seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
+        part = folder / f"{CLOCK}.part"
+        part.write_text(json.dumps(seconds), encoding="utf-8")
+        part.replace(folder / CLOCK)
 
 
 def kept_results(task: Task, scored: Mapping[str, Mapping[str, Scored]], folder: Path) -> dict[str, Any]:

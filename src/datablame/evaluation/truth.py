@@ -15,7 +15,7 @@ import numpy as np
 
 from datablame.environment import environment
 from datablame.errors import UserError
-from datablame.evaluation.bench import check_model, result_path
+from datablame.evaluation.bench import check_model, read_result, result_path
 from datablame.evaluation.cell import MATRICES, Cell, fingerprint, folder_of, options
 from datablame.evaluation.intervals import interval
 from datablame.evaluation.retraining import (
@@ -147,18 +147,34 @@ def _seed(cell: Cell, task: Task, model_sha256: str, kind: Kind, out: Path, runs
     if old is not None and old["fingerprint"] == decides and digest in (None, old["scores_sha256"]):
         return place
     if scores is None:
-        raise UserError(
-            f"{cell.name}: there are no scores yet. Run it first: datablame bench run --tasks {cell.task} "
-            f"--scale {cell.scale} --seeds {cell.seed}."
-        )
+        raise UserError(f"{cell.name}: there are no scores yet. {_first(cell, out)}.")
     if missing := [r for r in chosen if r not in scores]:
-        raise UserError(f"{cell.name}: no scores of {missing[0]}. Run it first: datablame bench run --methods …")
+        raise UserError(f"{cell.name}: no scores of {missing[0]}. {_first(cell, out, missing[0])}.")
     plan = _removal if kind == "removal" else _lds
     jobs, told = plan(cell, task, {r: scores[r] for r in chosen})
     described = {"version": VERSION, "kind": kind, "fingerprint": decides, **cell.described()}
     described |= {"model_sha256": model_sha256, "recipe_options": _recipe(cell, task), "runs": chosen}
     described["scores_sha256"] = digest
     return Seed(place, described, jobs, told)
+
+
+def _first(cell: Cell, out: Path, run: str | None = None) -> str:
+    """How to have the scores made, also where the result is there and the cache, which held them, is not.
+
+    run: one that is lacking; None: all are.
+    """
+    place = result_path(out, cell)
+    found = (read_result(place) or {}).get("results", {}).get("reference", {})
+    if "error" in found.get(run, {}):
+        return f"It failed: {found[run]['error']}"
+    words, more = "Run it first", f" --methods {run}" if run else ""
+    if found if run is None else run in found:
+        words = f"{place} is there, but the cache no longer holds its scores. Run it again, into another directory"
+        more += " --out DIR"
+    return (
+        f"{words}: datablame bench run --model {cell.described()['model']} --scale {cell.scale} --tasks {cell.task} "
+        f"--seeds {cell.seed}{more}"
+    )
 
 
 def _chosen(
