@@ -116,10 +116,13 @@ def test_a_papers_cell_is_told_apart_by_its_encoding(monkeypatch: pytest.MonkeyP
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
-def test_a_retraining_is_kept_under_the_name_that_it_had(tmp_path: Path) -> None:
-    """By a digest of the recipe as text, without what was added since."""
+def test_a_retraining_is_kept_under_the_name_that_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a digest of the recipe as text, without what was added since; another kind of fine-tune is another one."""
     task = tasks.build("grammars", "smoke", 0)
-    recipe = Job(Cell("m", "grammars", "smoke", 0), task, (0, 1), 0, generate=False).recipe
+    job = Job(Cell("m", "grammars", "smoke", 0), task, (0, 1), 0, generate=False)
+    recipe, folder = job.recipe, job.folder(tmp_path)
+    monkeypatch.setattr(finetunes, "VERSION", finetunes.VERSION + 1)
+    assert job.folder(tmp_path) != folder
     assert str(recipe) == (
         "TuneOptions(rank=4, alpha=32, dropout=0.1, targets='q_proj,v_proj', layers=None, epochs=1, rate=0.001, "
         "batch=4, seed=0, early_stop=0, keep=0)"

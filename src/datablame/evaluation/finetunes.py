@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from datablame.examples import Example
 
 VERSION = 1
-"""Of a fine-tune. Another number means that all are made again."""
+"""Of a fine-tune. Another number means that all are made again, and retrainings; raise that of cells (cell.py) too."""
 SNAPSHOTS = 8
 """Checkpoints at log-spaced steps, besides the end of every epoch."""
 

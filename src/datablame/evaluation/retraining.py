@@ -23,6 +23,7 @@ import numpy as np
 
 from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
+from datablame.evaluation import finetunes
 from datablame.evaluation.cell import MAX_NEW_TOKENS, Cell, options
 from datablame.evaluation.finetunes import fine_tuned
 from datablame.evaluation.tasks import Task
@@ -79,6 +80,7 @@ class Job:
         """Where in `work`, which holds the trainings of one model, this one is kept."""
         seen = [[(e.id, e.messages) for e in some] for some in (self.rows, self.task.queries)]
         what = [self.cell.recipe, str(self.recipe), self.task.name, self.task.version, seen, self.generate]
+        what += [finetunes.VERSION] if finetunes.VERSION > 1 else []  # those of the first have none in their name
         return work / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
     def found(self, work: Path) -> Retrained | None:
