@@ -65,6 +65,18 @@ def test_a_cell_that_another_process_runs_is_left_to_it(
     assert path.exists()
 
 
+def test_results_that_are_not_there_yet_are_not_counted(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "a-sound-s0.json"
+    there.write_text("{}")
+    monkeypatch.setattr(bench_module, "bench", lambda *a, **k: [there, tmp_path / "b-sound-s0.json"])
+    code, out, error = run("bench", "run", "--out", tmp_path)
+    assert (code, error) == (0, "")
+    assert f"1 results in {tmp_path}; see" in out
+    assert "another process is still at b-sound-s0\n" in out
+
+
 def test_results_of_other_sources_lie_beside(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real prompts make other rows of a task: another file, another column of the tables."""
     monkeypatch.setattr(bench_module, "takes", lambda name: ["advbench", "alpaca"])

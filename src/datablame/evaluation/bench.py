@@ -42,7 +42,7 @@ def bench(
     dry: bool = False,
     reporter: Reporter = SILENT,
 ) -> list[Path]:
-    """Run every cell without a result, and write each into `out` as soon as it is done; the paths of all results.
+    """Run every cell without a result, and write each into `out` as soon as it is done; where all results are to be.
 
     Several processes may run the same command at once: each takes cells that no other has begun.
     A cell is a task, a seed and a recipe (`sound`, or `paper`: the paper's own fine-tune, first seed only).

@@ -120,7 +120,10 @@ def run_bench(
         reporter=ConsoleReporter(),
     )
     if not dry:
-        typer.echo(f"{len(paths)} results in {out}; see them with: datablame bench show --out {out}")
+        left = [p.stem for p in paths if not p.exists()]
+        typer.echo(f"{len(paths) - len(left)} results in {out}; see them with: datablame bench show --out {out}")
+        if left:
+            typer.echo(f"another process is still at {', '.join(left)}")
 
 
 @app.command("show")
