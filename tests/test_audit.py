@@ -89,6 +89,19 @@ def test_fewer_rows_than_weights_are_told_apart(tmp_path: Path, seed: int) -> No
     assert "nearly alone" not in sentences(found, "warning")
 
 
+@pytest.mark.filterwarnings("ignore:.*only zero gradients")
+def test_blocks_of_zero_gradients_change_nothing(tmp_path: Path) -> None:
+    g = gradients(12, (300,), 0)
+    (block,) = g
+    none = {"none": torch.zeros(12, 400, dtype=torch.float64)}
+    found = [
+        {r.id: r.self_influence for r in datablame.audit(store_of(tmp_path / name, features(x))).rows}
+        for name, x in (("i", g), ("j", {block: g[block]} | none), ("k", none))
+    ]
+    assert found[1] == pytest.approx(found[0])
+    assert set(found[2].values()) == {0.0}
+
+
 def test_it_says_when_self_influence_is_the_norm(tmp_path: Path) -> None:
     g = {"b0": torch.eye(9, 30, dtype=torch.float64) * torch.arange(1.0, 10.0, dtype=torch.float64)[:, None]}
     found = datablame.audit(store_of(tmp_path / "i", features(g)))

@@ -127,7 +127,8 @@ def audit(index: FeatureStore | str | Path, *, by: str = "self_influence", dampi
     if not gradients:
         raise UserError(f"{store.path}: holds no gradients, so no row has influence. Index with --adapter or --blocks.")
     exact: Any = create("exact", damping=damping).fit(gradients)
-    width = sum(store.manifest["widths"][f"gradients/{b}"] for b in gradients)
+    # Blocks of zero gradients add nothing to exact, and no eigenvalue.
+    width = max(sum(x.shape[1] for b in gradients if (x := gradients[b]).any()), 1)
     exact.damping *= width / min(len(store), width)
     norms = create("gradnorm").fit(gradients).score({b: gradients[b][:1] for b in gradients})[0]
     tokens = store.read("length")[:, 0].double().numpy()
