@@ -374,9 +374,14 @@ def test_results_are_joined_over_seeds_and_not_with_others(tmp_path: Path) -> No
     text = truth_text(found, "removal")
     assert text.startswith("**grammars: 2 of 120 rows dropped, 20 queries of x; seeds 0, 1**\n\n| dropped |")
     assert truth_title(found["grammars"][:1], "removal").endswith("; seed 0")
-    save("grammars-sound-s3-removal", removed(3, 0.4) | {"runs": [REPSIM]})
-    with pytest.raises(UserError, match="differ in runs or queries from seed to seed"):
-        load_truth(tmp_path, "m", "cpu", "removal")
+    for seed in (0, 1):
+        save(f"grammars-sound-s{seed}-removal", removed(seed, 0.4) | {"recipe_options": {"rank": 4, "seed": seed}})
+    assert len(load_truth(tmp_path, "m", "cpu", "removal")["grammars"]) == 2
+    odd = {"runs": [REPSIM], "rows": 7, "model_sha256": "other", "recipe_options": {"rank": 8, "seed": 1}}
+    for key, value in odd.items():
+        save("grammars-sound-s1-removal", removed(1, 0.4) | {"recipe_options": {"rank": 4, "seed": 1}, key: value})
+        with pytest.raises(UserError, match=f"differ in {key.partition('_opt')[0]} from seed to seed"):
+            load_truth(tmp_path, "m", "cpu", "removal")
 
 
 def test_what_was_found_is_read_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,8 @@ Tests = dict[tuple[str, str], Tested]
 def load_truth(out: str | Path, model: str, scale: str, kind: Kind) -> dict[str, list[dict[str, Any]]]:
     """`{task: results by seed}` of what is there.
 
-    Raises UserError for seeds of one task that cannot be joined, being of other runs or of other numbers of queries.
+    Raises UserError for seeds of one task that cannot be joined, being of other runs, numbers of rows or queries,
+    recipes or models.
     """
     folder = Path(out) / Path(model).name / scale
     name = re.compile(rf"-sound-s\d+-{kind}$")
@@ -39,12 +40,19 @@ def load_truth(out: str | Path, model: str, scale: str, kind: Kind) -> dict[str,
             found.setdefault(result["task"], []).append(result)
     for task, results in found.items():
         results.sort(key=lambda r: r["seed"])
-        if len({(*r["runs"], r["queries"]) for r in results}) > 1:
+        kinds = [_kind(r) for r in results]
+        if differs := [k for k in kinds[0] if any(other[k] != kinds[0][k] for other in kinds)]:
             raise UserError(
-                f"{folder}: the {kind} results of {task} differ in runs or queries from seed to seed and cannot be "
-                "joined. Make them again for all seeds at once."
+                f"{folder}: the {kind} results of {task} differ in {' and '.join(differs)} from seed to seed and "
+                "cannot be joined. Make them again for all seeds at once."
             )
     return found
+
+
+def _kind(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the seeds of one task have in common."""
+    same = {k: result.get(k) for k in ("runs", "queries", "rows", "model_sha256")}
+    return same | {"recipe": {k: v for k, v in result.get("recipe_options", {}).items() if k != "seed"}}
 
 
 def truth_rows(results: Results, kind: Kind) -> Rows:
