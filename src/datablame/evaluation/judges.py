@@ -120,7 +120,7 @@ CUT = Verdict(None, "cut at the limit before the judge could know")
 
 
 def _settled(judge: Judge, answer: str, verdict: Verdict) -> bool:
-    if judge.reads is None:
+    if judge.reads is None or not answer.strip():  # of blanks alone, words may still follow
         return False
     return verdict.complied is False or len(answer) >= judge.reads
 
