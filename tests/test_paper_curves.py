@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -96,6 +97,24 @@ def test_panels_are_escaped_and_numbers_stay_numbers(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- figure 4
 
 
+def test_figure4_is_of_the_seeds_that_were_asked_for(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory may have others, of an earlier command."""
+    asked = request("figure4", model_dir, tmp_path / "out")
+    monkeypatch.setattr(figure4, "RUNS", (figure4.REPSIM, figure4.BM25))
+    found = []
+    for seeds in ((0, 1), (1,), None):
+        path = figure4.run(replace(asked, seeds=seeds, seed=seeds[0] if seeds else 0))
+        found.append(json.loads(path.read_text())["tasks"]["grammars"]["seeds"])
+    assert found == [[0, 1], [1], [0]]
+
+
+def test_a_difference_in_print() -> None:
+    assert results.difference({"value": -0.001, "p_holm": 0.2}) == "+0.00 (p 0.2)"
+    assert results.difference({"value": -0.126, "p_holm": 0.01}) == "-0.13* (p 0.01)"
+
+
 def test_figure4_asks_for_runs_that_the_benchmark_has() -> None:
     """Spelt the same way, or each would be run twice; and each is a run of its own."""
     shared = {*PAPER, *SOUND, *CONTROLS} & set(figure4.RUNS)
@@ -175,6 +194,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("tables_script_of_curves", place)
     assert spec
     assert spec.loader
+    monkeypatch.syspath_prepend(place.parent)  # it has modules beside it
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path)

@@ -9,13 +9,15 @@ Drawn from the benchmark's cells: runs that a cell has already are not run again
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datablame.errors import UserError
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import Style, Trace, curve, level, panels, share
-from datablame.paper.results import half, point, read, too_few, write
+from datablame.paper.results import difference, half, point, read, too_few, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults, Tested
@@ -69,10 +71,22 @@ def run(request: Request) -> Path:
         device=request.device,
         reporter=request.reporter,
     )
-    found = load_results(request.out / "bench", request.model, request.scale)
+    there = load_results(request.out / "bench", request.model, request.scale)
+    found = {t: _of_seeds(there[t], wanted.seeds) for t in tasks}
     made: dict[str, Any] = {"experiment": request.name, "model": Path(request.model).name, "scale": request.scale}
     made |= {"seed": request.seed, "command": request.command}
-    return write(request.out / experiment(request.name).result, made | summary({t: found[t] for t in tasks}))
+    return write(request.out / experiment(request.name).result, made | summary(found))
+
+
+def _of_seeds(found: TaskResults, seeds: Sequence[int] | None) -> TaskResults:
+    """Those that were asked for, where the directory has others, too; None: all that are there.
+
+    Raises UserError where each of them was left out.
+    """
+    some = [r for r in found.results if seeds is None or r["seed"] in seeds]
+    if not some:
+        raise UserError(" ".join(found.left_out))
+    return replace(found, results=some)
 
 
 def cells(request: Request) -> Cells:
@@ -156,12 +170,11 @@ def tests(found: Mapping[str, TaskResults]) -> list[dict[str, Any]]:
 
 
 def answer(r: Mapping[str, Any], task: str, curve: str, question: str, metric: str = "accuracy") -> str:
-    """Such as `+0.40 (p .001)`, a difference that is significant after Holm's correction marked by *; – for none."""
+    """See `results.difference`; – for none."""
     wanted = {"task": task, "curve": curve, "question": question, "metric": metric}
     for t in r["tests"]:
         if all(t[k] == v for k, v in wanted.items()):
-            value = round(t["value"], 2) + 0.0
-            return f"{value:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
+            return difference(t)
     return "–"
 
 

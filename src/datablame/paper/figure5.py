@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from datablame.errors import UserError
 from datablame.paper import Page, Request, Table, experiment
 from datablame.paper.panels import Style, curve, level, panels, share
-from datablame.paper.results import already_there, half, point, read, too_few, write
+from datablame.paper.results import already_there, difference, half, point, read, too_few, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults
@@ -266,11 +266,9 @@ def _test(r: Mapping[str, Any], task: str, run: str, metric: str) -> dict[str, A
 
 
 def change(r: Mapping[str, Any], task: str, run: str, metric: str = "accuracy") -> str:
-    """The last checkpoint's value minus the first's, such as `+0.20* (p .01)`; – where it was not tested."""
+    """The last checkpoint's value minus the first's, see `results.difference`; – where it was not tested."""
     t = _test(r, task, run, metric)
-    if t is None:
-        return "–"
-    return f"{round(t['value'], 2) + 0.0:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
+    return "–" if t is None else difference(t)
 
 
 def _table(r: Mapping[str, Any], task: str, view: int, metric: str) -> Table:

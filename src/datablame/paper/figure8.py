@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datablame.paper import Cells, Page, Request, Table, experiment
-from datablame.paper.results import already_there, read, write
+from datablame.paper.panels import COLOURS, Style, Trace, curve
+from datablame.paper.results import already_there, difference, half, point, read, too_few, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults
@@ -176,7 +177,7 @@ def summary(
         weights = sum(sizes if layers is None else (sizes[k] for k in layers))
         cell: dict[str, Any] = {"question": question, "label": label, "layers": layers, "parameters": weights}
         cell |= {"learnt": results.learnt, "share": results.results[0]["learnt"]["behaves"]}
-        cell["runs"] = {run: {m: _point(spans[run, m]) for m in METRICS} for run in there}
+        cell["runs"] = {run: {m: point(spans[run, m]) for m in METRICS} for run in there}
         cell["failed"] = {run: why for run, why in results.failed.items() if run in RUNS}
         told.append(cell)
     first = found[0]
@@ -185,11 +186,6 @@ def summary(
     about["chance"] = {m: first.chance(m) for m in METRICS}
     seconds = sum({id(r): r.results[0]["seconds"]["all"] for r in found}.values())
     return {**about, "cells": told, "tests": tests(chosen, found), "seconds": round(seconds, 1)}
-
-
-def _point(x: Any) -> dict[str, Any]:
-    value, low, high = (float(f"{v:.6g}") for v in x)
-    return {"value": value, "interval95": [low, high]}
 
 
 def ends(cells: Sequence[Any]) -> dict[str, tuple[int, int]]:
@@ -231,6 +227,7 @@ def show(out: Path, name: str) -> Page:
     poor = [c for c in r["cells"] if not c["learnt"]]
     notes = [
         *NOTES,
+        *too_few({r["task"]: r}),
         f"The paper: {PAPER}.",
         *(f"{c['question']} {c['label']}: not learnt ({c['share']['tuned']:.0%} of the answers)." for c in poor),
         *(f"{c['label']}: {run} failed: {why}" for c in r["cells"] for run, why in c["failed"].items()),
@@ -275,26 +272,25 @@ def _cell(c: Mapping[str, Any], run: str, metric: str) -> str:
     if run not in c["runs"]:
         return "–"
     x = c["runs"][run][metric]
-    return f"{x['value']:.2f} ±{(x['interval95'][1] - x['interval95'][0]) / 2:.2f}"
+    return f"{x['value']:.2f} ±{half(x):.2f}"
 
 
 def change(r: Mapping[str, Any], question: str, run: str, metric: str) -> str:
-    """The last cell's value minus the first's, such as `+0.20* (p .01)`; – where it was not tested."""
+    """The last cell's value minus the first's, see `results.difference`; – where it was not tested."""
     for t in r["tests"]:
         if (t["question"], t["run"], t["metric"]) == (question, run, metric):
-            return f"{round(t['value'], 9) + 0.0:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
+            return difference(t)
     return "–"
 
 
-LOOKS = (
-    ("solid", "circle", "#d55e00"),
-    ("dash", "square", "#0072b2"),
-    ("dot", "diamond", "#e69f00"),
-    ("dashdot", "triangle-up", "#56b4e9"),
-    ("longdash", "triangle-down", "#cc79a7"),
-    ("solid", "x", "#009e73"),
-)
-"""Dashes, mark and colour (Okabe and Ito's) of each method, in their order."""
+STYLES = {
+    "GradSim": Style("GradSim", "vermillion", "solid", "circle"),
+    "cosine": Style("cosine", "blue", "dash", "square"),
+    "DataInf": Style("DataInf", "orange", "dot", "diamond"),
+    "LiSSA": Style("LiSSA", "sky", "dashdot", "triangle-up"),
+    "exact": Style("exact", "purple", "longdash", "triangle-down"),
+    "RepSim": Style("RepSim", "green", "solid", "x"),
+}
 
 
 def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -305,7 +301,7 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         x = [f"{c['label']}{'' if c['learnt'] else ' (not learnt)'}" for c in some]
         for protocol, methods in METHODS.items() if len(some) > 1 else ():
             for m, metric in METRICS.items():
-                data = [_line(n, run, x, some, m, look) for (n, run), look in zip(methods.items(), LOOKS, strict=True)]
+                data = [_line(STYLES[n], run, x, some, m) for n, run in methods.items()]
                 levels = {
                     n: [c["runs"].get(run, {}).get(m, {}).get("value") for c in some] for n, run in CONTROLS.items()
                 }
@@ -313,7 +309,7 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 dashes = ("dashdot", "longdash", "dot")
                 data += [
                     {"type": "scatter", "mode": "lines", "name": n, "x": x, "y": y, "line": {"dash": d, "width": 1.5}}
-                    | {"marker": {"color": "#8c8c8c"}}
+                    | {"marker": {"color": COLOURS["grey"]}}
                     for (n, y), d in zip(levels.items(), dashes, strict=True)
                 ]
                 axis = {"title": {"text": f"{metric}, {protocol}"}, "range": [-0.03, 1.05]}
@@ -322,14 +318,6 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return drawn
 
 
-def _line(
-    name: str, run: str, x: Sequence[str], some: Sequence[Mapping[str, Any]], metric: str, look: tuple[str, str, str]
-) -> dict[str, Any]:
-    points = [(at, c["runs"][run][metric]) for at, c in zip(x, some, strict=True) if run in c["runs"]]
-    up = [p["interval95"][1] - p["value"] for _, p in points]
-    down = [p["value"] - p["interval95"][0] for _, p in points]
-    bars = {"type": "data", "symmetric": False, "array": up, "arrayminus": down, "thickness": 1, "width": 2}
-    dash, mark, colour = look
-    trace = {"type": "scatter", "mode": "lines+markers", "name": name, "x": [at for at, _ in points], "error_y": bars}
-    trace |= {"y": [p["value"] for _, p in points], "line": {"dash": dash}}
-    return trace | {"marker": {"symbol": mark, "size": 8, "color": colour}}
+def _line(style: Style, run: str, x: Sequence[str], some: Sequence[Mapping[str, Any]], metric: str) -> Trace:
+    points = {at: c["runs"][run][metric] for at, c in zip(x, some, strict=True) if run in c["runs"]}
+    return curve(style, list(points), list(points.values()))

@@ -34,7 +34,7 @@ class Style:
     mark: str = "circle"
 
 
-def curve(style: Style, x: Sequence[float], points: Sequence[Mapping[str, Any]]) -> Trace:
+def curve(style: Style, x: Sequence[float] | Sequence[str], points: Sequence[Mapping[str, Any]]) -> Trace:
     """Marks joined by lines; points: `{"value"}` each, with an `interval95` of their own or without."""
     trace: Trace = {"type": "scatter", "mode": "lines+markers", "name": style.name, "x": list(x)}
     trace |= {"y": [p["value"] for p in points], "line": {"dash": style.dash}}

@@ -95,6 +95,11 @@ def half(x: dict[str, Any]) -> float:
     return (x["interval95"][1] - x["interval95"][0]) / 2
 
 
+def difference(t: Mapping[str, Any]) -> str:
+    """A tested difference, such as `+0.10* (p 0.01)`: *, and p, after Holm's correction. No negative zero."""
+    return f"{round(t['value'], 2) + 0.0:+.2f}{'*' if t['p_holm'] < 0.05 else ''} (p {t['p_holm']:.2g})"
+
+
 def too_few(tasks: Mapping[str, Any]) -> list[str]:
     """A sentence for each task whose `queries` are so few that no paired test over them can be significant at 5 %."""
     return [
