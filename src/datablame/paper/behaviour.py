@@ -12,7 +12,6 @@ so it is a norm; the fine-tunes lie far from that point, and what it misses ther
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -149,8 +148,3 @@ def _opening(encoder: Encoding, query: Example, text: str) -> Encoded:
     prompt = encoder.prompt_ids(query)
     words = list(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
     return Encoded(prompt + words, [IGNORED] * len(prompt) + words, len(prompt))
-
-
-def root_two(kl: float) -> float:
-    """What a Gauss-Newton norm would be, were the model quadratic: √(2 KL)."""
-    return math.sqrt(2 * max(kl, 0.0))

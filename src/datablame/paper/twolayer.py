@@ -21,8 +21,6 @@ What is kept at a step t, with Δ the change since the initial point:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -33,6 +31,7 @@ import numpy as np
 import torch
 
 from datablame.errors import UserError
+from datablame.paper import kept as pieces
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -239,15 +238,12 @@ def kept(
     """`train`, or what `folder` has of the very same training; finished ones are kept there."""
     decides = {k: v for k, v in asdict(plan).items() if k not in ("settings", "widths", "seeds")}
     of = [setting.start, setting.optimizer, setting.rate]
-    what = [VERSION, data.sha256, decides, of, width, seed, torch.__version__]
-    path = folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]}.json"
-    if path.exists():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    found = train(data, plan, setting, width, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
-    part.replace(path)
-    end = f"stopped at step {found['stopped']}, not finite" if found["stopped"] else f"{found['accuracy'][-1]:.1%}"
-    note(f"{setting.name}, width {width}, seed {seed}: {end}")
-    return found
+    what = [data.sha256, decides, of, width, seed, torch.__version__]
+
+    def make() -> dict[str, Any]:
+        found = train(data, plan, setting, width, seed)
+        end = f"stopped at step {found['stopped']}, not finite" if found["stopped"] else f"{found['accuracy'][-1]:.1%}"
+        note(f"{setting.name}, width {width}, seed {seed}: {end}")
+        return found
+
+    return dict(pieces.kept(f"training-{VERSION}", what, make, folder))
