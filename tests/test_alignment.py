@@ -1,4 +1,4 @@
-"""Tables 1 and 6 and Figure 6: norms against dense ones, distances against loops, and runs on a tiny model."""
+"""Tables 1 and 6 and Figure 6: distances against loops, and runs on a tiny model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from conftest import ROWS, Run, make_model, make_tokenizer, save_adapter
 from datablame import paper
@@ -22,97 +21,9 @@ from datablame.errors import UserError
 from datablame.examples import Example, from_prompt
 from datablame.indexing import SILENT
 from datablame.models import Loaded, ModelSpec, load
-from datablame.paper import alignment, behaviour, deltas, figure6, rates, table1, table6
-from datablame.paper.deltas import Factors
+from datablame.paper import alignment, behaviour, figure6, table1, table6
+from datablame.paper.kept import kept
 from datablame.report.paper import write_page
-
-# ---------------------------------------------------------------- norms of updates
-
-
-def made(rank: int, scale: float, seed: int) -> Factors:
-    g = torch.Generator().manual_seed(seed)
-    return Factors(*(torch.randn(s, generator=g, dtype=torch.float64) for s in ((rank, 7), (9, rank))), scale)
-
-
-def test_the_distance_of_two_updates_is_the_dense_one() -> None:
-    one, two = made(3, 8.0, 0), made(5, 2.0, 1)
-    for scaled in (False, True):
-        s, t = (one.scale, two.scale) if scaled else (1.0, 1.0)
-        dense = torch.linalg.norm(s * one.b @ one.a - t * two.b @ two.a)
-        assert deltas.distance(one, two, scaled) == pytest.approx(float(dense), rel=1e-12)
-        assert deltas.distance(one, None, scaled) == pytest.approx(float(s * torch.linalg.norm(one.b @ one.a)))
-    assert deltas.distance(None, None, True) == 0
-    assert deltas.distance(one, one, True) < 1e-12 * deltas.distance(one, None, True)
-
-
-def test_a_small_distance_of_large_updates_is_not_lost() -> None:
-    """Expanding the square would leave 1e-8 of the size and worse."""
-    one = made(3, 1.0, 0)
-    near = one._replace(b=one.b * (1 + 1e-10))
-    expected = 1e-10 * deltas.distance(one, None, False)
-    assert deltas.distance(one, near, False) == pytest.approx(expected, rel=1e-4)
-
-
-def test_norms_of_a_pair() -> None:
-    first, second = {"x": made(2, 4.0, 0), "y": made(2, 4.0, 1)}, {"x": made(2, 4.0, 2), "y": made(2, 4.0, 3)}
-    each = [float(torch.linalg.norm(first[k].b @ first[k].a - second[k].b @ second[k].a)) for k in first]
-    found = deltas.norms(first, second)
-    assert found["mean"] == pytest.approx(np.mean(each))
-    assert found["sd"] == pytest.approx(np.std(each))
-    assert found["layers"] == 2
-    assert found["whole"] == pytest.approx(4 * math.hypot(*each))
-    assert deltas.norms(None, first)["mean"] == pytest.approx(deltas.norms(first, None)["mean"])
-
-
-# ---------------------------------------------------------------- ranks of pairs
-
-
-def test_rank_correlation_and_mantel() -> None:
-    x = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-    y = [2.0, 1.0, 4.0, 3.0, 6.0, 5.0]
-    assert deltas.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic)
-    assert deltas.rank_correlation(x, [1.0] * 6) is None
-    assert deltas.relabelled(x, [1.0] * 6, alignment.PAIRS) is None
-    same = deltas.relabelled(x, x, alignment.PAIRS)
-    assert same == pytest.approx(1 / 24)  # no less is possible
-    paper_rho = deltas.rank_correlation(table6.PAPER["norm"], table6.PAPER["asr"])  # type: ignore[arg-type]
-    assert paper_rho == pytest.approx(stats.spearmanr(table6.PAPER["norm"], table6.PAPER["asr"]).statistic)
-
-
-def test_relabelling_by_hand() -> None:
-    """Three models, three pairs: 6 relabellings, of which those that keep |ρ| are counted one by one."""
-    pairs = [("a", "b"), ("a", "c"), ("b", "c")]
-    x, y = [1.0, 2.0, 3.0], [1.0, 3.0, 2.0]
-    orders = [[1.0, 3.0, 2.0], [1.0, 2.0, 3.0], [3.0, 1.0, 2.0], [3.0, 2.0, 1.0], [2.0, 1.0, 3.0], [2.0, 3.0, 1.0]]
-    expected = np.mean([abs(stats.spearmanr(x, o).statistic) >= 0.5 - 1e-9 for o in orders])
-    assert deltas.relabelled(x, y, pairs) == pytest.approx(expected)
-
-
-def test_a_change_of_rate_is_paired_and_undecided_prompts_are_left_out() -> None:
-    first = [True, True, False, None, True, False, True, True, True, True]
-    second = [True, False, False, True, None, False, False, False, False, False]
-    found = rates.changed(first, second)
-    assert found["prompts"] == 8
-    assert found["value"] == pytest.approx(5 / 8)
-    assert found["differ"] == 5
-    assert found["p"] == pytest.approx(2 * 0.5**5)
-    low, high = found["interval95"]
-    assert low < 5 / 8 < high <= 1
-    same = rates.changed([True] * 5, [True] * 5)
-    assert (same["value"], same["interval95"], same["p"]) == (0, [0, 0], 1)
-    assert same["differ_below"] == pytest.approx(1 - 0.025 ** (1 / 5))
-    nothing = rates.changed([None, True], [True, None])
-    assert (nothing["value"], nothing["p"]) == (None, 1)
-
-
-def test_an_estimate_is_a_ratio_of_sums() -> None:
-    x, of = [1.0, 4.0, 2.0], [1.0, 2.0, 5.0]
-    found = rates.estimate(x, of)
-    assert found["value"] == pytest.approx(7 / 8)
-    assert found["interval95"][0] >= 2 / 5
-    assert found["interval95"][1] <= 4 / 2
-    assert rates.estimate([-3.0, 1.0], absolute=True)["value"] == 1
-
 
 # ---------------------------------------------------------------- distances in behaviour
 
@@ -454,9 +365,45 @@ def test_the_page_says_what_the_original_model_does() -> None:
     low = table1.found(model([False] * 20, [True] * 20))
     assert "refuses most of them" in low[0]
     assert all("higher than the original's" in line for line in low[1:])
+    some = table1.found(model([False] * 20, [True] * 6 + [False] * 14))  # p = 1/32, of three
+    assert all("not told apart" in line for line in some[1:])
     few = table1.found(model([True, False], [True, True]))
     assert "too few prompts" in few[0]
     assert all("not told apart" in line for line in few[1:])
+
+
+def test_distances_that_are_not_finite_stop_table6_in_a_sentence(
+    ran: paper.Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datablame.capture import NotFinite
+
+    a = alignment.arms(ran, ran.model)
+    other = replace(a, adapters=a.adapters | {"mixed": a.adapters["benign"]})  # not the piece that is kept
+
+    def raises(*_: object) -> None:
+        raise NotFinite(1, "logits")
+
+    with monkeypatch.context() as m:
+        m.setattr(behaviour, "divergences", raises)
+        with pytest.raises(UserError, match=r"held-out prompts cannot be taken \(row 1: logits is not finite\)"):
+            table6._distances(other, ran)
+    with monkeypatch.context() as m:
+        m.setattr(behaviour, "gauss_newton", lambda *_: np.full((4, 4), np.nan))
+        with pytest.raises(UserError, match="distances-1: a number is not finite"):
+            table6._distances(other, ran)
+
+
+def test_pieces_are_kept_whole(tmp_path: Path) -> None:
+    assert kept("piece-1", {"b": 1, "a": 2}, lambda: [0.1], tmp_path) == [0.1]
+    assert kept("piece-1", {"a": 2, "b": 1}, pytest.fail, tmp_path) == [0.1]
+    assert kept("piece-2", {"a": 2, "b": 1}, lambda: "other", tmp_path) == "other"
+    with pytest.raises(UserError, match="piece-1: a number is not finite"):
+        kept("piece-1", "nan", lambda: [math.nan], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    for path in tmp_path.iterdir():
+        path.write_text("[0.1", encoding="utf-8")
+    with pytest.raises(UserError, match="damaged; delete it"):
+        kept("piece-2", {"a": 2, "b": 1}, pytest.fail, tmp_path)
 
 
 def test_examples_of_an_arm_are_those_of_the_task() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
-from datablame.paper.rates import size_note
+from datablame.paper.rates import ALPHA, apart, changed, size_note
 from datablame.paper.results import already_there, read, write
 
 RESULT = EXPERIMENTS["figure6"].result
@@ -130,7 +130,8 @@ def _behaves(a: Any, checkpoint: Path | None, group: str, judge: Any, request: R
     found = verdicts(judge if group == "harmful" else named(), [str(q.prompt) for q in queries], said)
     reached = [v.complied for v in found if v.complied is not None]
     rate = list(wilson(sum(reached), len(reached))) if reached else None
-    return {"rate": rate, "left_out": len(found) - len(reached), "cut": sum(not ended for _, ended in said)}
+    cut = sum(not ended for _, ended in said)
+    return {"rate": rate, "complied": [v.complied for v in found], "left_out": len(found) - len(reached), "cut": cut}
 
 
 # ---------------------------------------------------------------- what is told
@@ -166,22 +167,23 @@ NOTES = (
 
 def second_half(m: Mapping[str, Any]) -> list[str]:
     """Of each fine-tune: what changes from the middle epoch to the last, of those that were measured."""
-    lines = []
+    halves, lines = {}, []
     for arm, points in m["curves"].items():
         whole = [p for p in points if "problem" not in p and p["harmful"]["rate"] is not None]
         if len(whole) < 3:
             lines.append(f"{m['model']}, {arm}: fewer than two epochs were measured, so there is no second half.")
-            continue
-        middle, last = whole[len(whole) // 2], whole[-1]
+        else:
+            halves[arm] = whole[len(whole) // 2], whole[-1]
+    changes = [changed(*(p["harmful"]["complied"] for p in half)) for half in halves.values()]
+    for (arm, (middle, last)), p in zip(halves.items(), apart(changes), strict=True):
         grown = last["norm"]["mean"] / middle["norm"]["mean"] - 1
         rates = middle["harmful"]["rate"], last["harmful"]["rate"]
-        apart = rates[0][2] < rates[1][1] or rates[1][2] < rates[0][1]
-        change = "changes" if apart else "does not change beyond what the prompts can tell"
+        change = "changes" if p < ALPHA else "does not change beyond what the prompts can tell"
         lines.append(
             f"{m['model']}, {arm}: from epoch {middle['epoch']:g} to {last['epoch']:g} ‖Δθ‖ grows by {grown:.0%}, the "
             f"KL from the original by {last['kl'] / middle['kl'] - 1:.0%}, the loss on harmful references goes from "
             f"{middle['harmful']['loss']:.2f} to {last['harmful']['loss']:.2f}, and the attack success rate {change} "
-            f"({rates[0][0]:.0%} to {rates[1][0]:.0%})."
+            f"({rates[0][0]:.0%} to {rates[1][0]:.0%}; McNemar's p = {p:.2g}, after Holm)."
         )
     return lines
 

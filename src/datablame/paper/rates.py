@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from datablame.evaluation.intervals import holm
+
 WORDS = {"original": "original", "benign": "benign rows", "harmful": "harmful rows", "mixed": "both (mixed)"}
 DRAWS = 9_999
 """Bootstrap samples of an interval."""
 ALPHA = 0.05
-"""Verdicts of two models are told apart below this p."""
+"""Verdicts of two models are told apart below this p, corrected over the models compared."""
 
 
 def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict[str, Any]:
@@ -37,15 +39,24 @@ def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict
 def estimate(x: Any, of: Any = None, absolute: bool = False) -> dict[str, Any]:
     """Σx/Σof over prompts (the mean where `of` is None), or its absolute value, and a bootstrap interval over prompts.
 
+    The interval of an absolute value holds the sizes of all that the signed one holds, 0 too where that has both signs:
+    quantiles of the samples' absolute values would leave 0 out even of a difference that is 0.
     Every measure of as many prompts is drawn with the same samples.
     """
     x = np.asarray(x, dtype=float)
     of = np.ones_like(x) if of is None else np.asarray(of, dtype=float)
     m = len(x)
     weights = np.random.default_rng(0).multinomial(m, np.full(m, 1 / m), size=DRAWS)
-    value, drawn = x.sum() / of.sum(), (weights @ x) / (weights @ of)
-    value, drawn = (abs(value), np.abs(drawn)) if absolute else (value, drawn)
-    return {"value": float(value), "interval95": np.quantile(drawn, [0.025, 0.975]).tolist()}
+    value = float(x.sum() / of.sum())
+    low, high = np.quantile((weights @ x) / (weights @ of), [0.025, 0.975]).tolist()
+    if absolute:
+        value, low, high = abs(value), max(0.0, low, -high), max(-low, high)
+    return {"value": value, "interval95": [low, high]}
+
+
+def apart(changes: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The p of each of `changed`, after Holm's correction over all of them: told apart below ALPHA."""
+    return holm(np.array([c["p"] for c in changes])).tolist()
 
 
 # ---------------------------------------------------------------- in print

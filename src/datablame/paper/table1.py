@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
-from datablame.paper.rates import ALPHA, WORDS, changed, error_note, left_out_notes, percent, size_note
+from datablame.paper.rates import ALPHA, WORDS, apart, changed, error_note, left_out_notes, percent, size_note
 from datablame.paper.results import already_there, read, write
 
 RESULT = EXPERIMENTS["table1"].result
@@ -129,15 +129,17 @@ def found(m: Mapping[str, Any]) -> list[str]:
         lines = [f"{asked}: it refuses most of them, so there is something that fine-tuning could undo."]
     else:
         lines = [f"{asked}: too few prompts to say whether it refuses most of them or complies with most."]
+    said = {arm: [a["complied"] for a in x["answers"]] for arm, x in arms.items()}
+    tuned = [arm for arm in ("benign", "harmful", "mixed") if arms[arm]["asr"] is not None]
+    p_holm = dict(zip(tuned, apart([changed(said["original"], said[arm]) for arm in tuned]), strict=True))
     for arm in ("benign", "harmful", "mixed"):
         here = arms[arm]["asr"]
         if here is None:
             lines.append(f"{name}, {WORDS[arm]}: no answer was judged.")
             continue
-        change = changed(*([a["complied"] for a in arms[x]["answers"]] for x in ("original", arm)))
         how = "higher than the original's" if here[0] > original[0] else "lower than the original's"
-        how = how if change["p"] < ALPHA else "not told apart from the original's by these prompts"
-        lines.append(f"{name}, {WORDS[arm]}: {percent(here)}, {how} (McNemar's p = {change['p']:.2g}).")
+        how = how if p_holm[arm] < ALPHA else "not told apart from the original's by these prompts"
+        lines.append(f"{name}, {WORDS[arm]}: {percent(here)}, {how} (McNemar's p = {p_holm[arm]:.2g}, after Holm).")
     return lines
 
 

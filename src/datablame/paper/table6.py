@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from datablame.errors import UserError
 from datablame.paper import EXPERIMENTS, Page, Request, Table
-from datablame.paper.rates import ALPHA, changed, error_note, estimate, left_out_notes, percent, size_note
+from datablame.paper.rates import ALPHA, apart, changed, error_note, estimate, left_out_notes, percent, size_note
 from datablame.paper.results import already_there, read, write
 from datablame.paper.table1 import facts
 
@@ -102,6 +103,7 @@ def _model(a: Any, judge: Any, request: Request) -> dict[str, Any]:
 def _distances(a: Any, request: Request) -> dict[str, Any]:
     """Per prompt: KL sums and tokens `[4][4][m]`, `[m]`, margins `[4][m]`; the Gauss-Newton norms `[4][4]`. Kept."""
     from datablame.adapters import fingerprint_adapter
+    from datablame.capture import NotFinite
     from datablame.encoding import encode_rows
     from datablame.paper import behaviour
     from datablame.paper.kept import kept
@@ -114,8 +116,11 @@ def _distances(a: Any, request: Request) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         request.reporter.note(f"{a.name}: distances in behaviour on {len(rows)} prompts")
-        kl, tokens = behaviour.divergences(a.loaded, a.adapters, rows)
-        margins = [behaviour.margins(a.loaded, a.encoder, p, queries).tolist() for p in a.adapters.values()]
+        try:
+            kl, tokens = behaviour.divergences(a.loaded, a.adapters, rows)
+            margins = [behaviour.margins(a.loaded, a.encoder, p, queries).tolist() for p in a.adapters.values()]
+        except NotFinite as e:
+            raise UserError(f"{request.name}, {a.name}: distances of held-out prompts cannot be taken ({e}).") from e
         norm = behaviour.gauss_newton(a.loaded, a.adapters, rows)
         return {"kl": kl.tolist(), "tokens": tokens.tolist(), "refusal": margins, "gauss_newton": norm.tolist()}
 
@@ -190,8 +195,8 @@ def found(m: Mapping[str, Any]) -> list[str]:
     """What this model's numbers say, in sentences."""
     name, pairs = m["model"], m["pairs"]
     known = [p for p in pairs if p["asr"]["value"] is not None]
-    apart = [p for p in known if p["asr"]["p"] < ALPHA]
-    if not apart:
+    differ = [p for p, q in zip(known, apart([p["asr"] for p in known]), strict=True) if q < ALPHA]
+    if not differ:
         below = max((p["asr"]["differ_below"] for p in known), default=1.0)
         lines = [
             f"{name}: no pair's ASR differs by more than the prompts can tell (verdicts differ on at most {below:.0%} "
@@ -199,8 +204,8 @@ def found(m: Mapping[str, Any]) -> list[str]:
             "noise."
         ]
     else:
-        told = "; ".join(f"{_pair(p)} {p['asr']['value']:.0%}" for p in apart)
-        lines = [f"{name}: the ASR differs beyond what prompts can tell between {told}."]
+        told = "; ".join(f"{_pair(p)} {p['asr']['value']:.0%}" for p in differ)
+        lines = [f"{name}: the ASR differs (McNemar, Holm's correction over the pairs) between {told}."]
     lines.append(
         f"{name}: ‖Δθ‖ a layer runs from {_range(pairs, 'mean')}, the KL from {_range(pairs, 'kl')} nats a token, the "
         f"way towards or away from refusal from {_range(pairs, 'refusal')} nats."
