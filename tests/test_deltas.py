@@ -80,7 +80,7 @@ def test_a_change_of_rate_is_paired_and_undecided_prompts_are_left_out() -> None
     second = [True, False, False, True, None, False, False, False, False, False]
     found = rates.changed(first, second)
     assert found["prompts"] == 8
-    assert found["value"] == pytest.approx(5 / 8)
+    assert found["value"] == pytest.approx(5 / 8) == -found["change"]
     assert found["differ"] == 5
     assert found["p"] == pytest.approx(2 * 0.5**5)
     low, high = found["interval95"]

@@ -20,6 +20,7 @@ ALPHA = 0.05
 def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict[str, Any]:
     """|ΔASR| over the prompts that were judged under both models, with a paired bootstrap interval over prompts.
 
+    change: with its sign, the second model's rate less the first's.
     differ: on how many of them the verdicts differ; differ_below: the upper end of its 95 % interval (Clopper and
     Pearson), as a share: where no verdict differs the bootstrap has no width, and |ΔASR| is at most that.
     p: McNemar's exact test of no change, which few prompts cannot pass: 5 that all change one way have p = 0.06.
@@ -33,7 +34,8 @@ def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict
         return {"value": None, "interval95": None, "prompts": 0, "differ": 0, "differ_below": 1.0, "p": 1.0}
     below = 1.0 if k == n else float(stats.beta.ppf(0.975, k + 1, n - k))
     p = float(stats.binomtest(d.count(1.0), k).pvalue) if k else 1.0
-    return estimate(d, absolute=True) | {"prompts": n, "differ": k, "differ_below": below, "p": p}
+    found = estimate(d, absolute=True) | {"change": sum(d) / n}
+    return found | {"prompts": n, "differ": k, "differ_below": below, "p": p}
 
 
 def estimate(x: Any, of: Any = None, absolute: bool = False) -> dict[str, Any]:

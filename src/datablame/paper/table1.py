@@ -131,13 +131,14 @@ def found(m: Mapping[str, Any]) -> list[str]:
         lines = [f"{asked}: too few prompts to say whether it refuses most of them or complies with most."]
     said = {arm: [a["complied"] for a in x["answers"]] for arm, x in arms.items()}
     tuned = [arm for arm in ("benign", "harmful", "mixed") if arms[arm]["asr"] is not None]
-    p_holm = dict(zip(tuned, apart([changed(said["original"], said[arm]) for arm in tuned]), strict=True))
+    changes = {arm: changed(said["original"], said[arm]) for arm in tuned}
+    p_holm = dict(zip(tuned, apart(list(changes.values())), strict=True))
     for arm in ("benign", "harmful", "mixed"):
         here = arms[arm]["asr"]
         if here is None:
             lines.append(f"{name}, {WORDS[arm]}: no answer was judged.")
             continue
-        how = "higher than the original's" if here[0] > original[0] else "lower than the original's"
+        how = "higher than the original's" if changes[arm].get("change", 0) > 0 else "lower than the original's"
         how = how if p_holm[arm] < ALPHA else "not told apart from the original's by these prompts"
         lines.append(f"{name}, {WORDS[arm]}: {percent(here)}, {how} (McNemar's p = {p_holm[arm]:.2g}, after Holm).")
     return lines
