@@ -92,6 +92,20 @@ def test_a_scale_that_one_lacks_leaves_it_out(run: Any, some: dict[str, ModuleTy
         assert said in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("table5", "--judge", "mine:f"), "--judge: table5 judges no answers."),
+        (("figure4", "--judge-labels", "x.jsonl"), "--judge: figure4 judges no answers."),
+        (("table9", "--mnist", "."), "--mnist: table9 is not about MNIST."),
+        (("figure8", "--model", "a", "--model", "b"), "--model, given twice: figure8 shows one model."),
+    ],
+)
+def test_an_option_without_effect_is_refused(run: Any, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    code, _, error = run("paper", "run", *arguments, "--out", tmp_path)
+    assert (code, said in error) == (2, True)
+
+
 def test_the_list_is_in_order_and_says_what_was_run(run: Any, some: dict[str, ModuleType], tmp_path: Path) -> None:
     assert paper.in_order() == ["table1", "table5", "table9", "table10", "figure2"]
     results.write(tmp_path / "table5.json", {"run": {"scale": "smoke", "seed": 3, "protocol": {}}})
