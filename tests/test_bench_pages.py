@@ -193,6 +193,16 @@ def test_a_paper_table_names_seeds_that_were_left_out(tmp_path: Path) -> None:
     page = attribution.show(tmp_path, "table2")
     assert any(note.startswith("mixed-small: seed 1 is left out") for note in page.notes)
     assert page.tables[0].rows[0] == ["the label shows on", "prompt"]
+    write(tmp_path / "bench", made("mixed-small", 0), made("mixed-small", 1))
+    for seeds in ([0, 1], [1]):  # the directory may have others, of an earlier command
+        (tmp_path / "table2.json").write_text(json.dumps(request | {"seeds": seeds}))
+        page = attribution.show(tmp_path, "table2")
+        results = load_results(tmp_path / "bench", "tiny", "cpu")["mixed-small"]
+        (row,) = (x for x in page.tables[0].rows if x[0] == "graddot@padded")
+        mean = results.of_seeds(seeds).values("graddot@padded", "accuracy").mean()
+        assert row[1].startswith(f"{100 * mean:.0f} (")
+    with pytest.raises(UserError, match="mixed-small: no results of seed 7"):
+        results.of_seeds([7])
 
 
 @pytest.fixture

@@ -82,6 +82,17 @@ class TaskResults:
         """The task's name, and whether its numbers mean anything."""
         return self.task if self.learnt else f"{self.task} (behaviour not learnt)"
 
+    def of_seeds(self, seeds: Sequence[int] | None) -> TaskResults:
+        """Those that were asked for, where the directory has others, too; None: all that are there.
+
+        Raises UserError where none of them is there.
+        """
+        some = [r for r in self.results if seeds is None or r["seed"] in seeds]
+        if not some:
+            asked = ", ".join(map(str, seeds or ()))
+            raise UserError(" ".join([f"{self.task}: no results of seed {asked}.", *self.left_out]))
+        return replace(self, results=some)
+
     def groups(self) -> list[str]:
         """The groups of the queries; the first entry stands for the main ones."""
         return ["main", *dict.fromkeys(q["group"] for q in self.results[0]["queries"])]

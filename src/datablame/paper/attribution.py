@@ -1,6 +1,6 @@
 """Tables 2 to 4 and Figures 1 and 2: the benchmark's cells, drawn as the paper draws them.
 
-A run leaves `NAME.json`, which says where the cells' results lie (`bench/` beside it) and of which model and scale.
+A run leaves `NAME.json`, which says of which model, scale and seeds the cells are; they lie in `bench/` beside it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def run(request: Request) -> Path:
         reporter=request.reporter,
     )
     made = {"experiment": request.name, "model": request.model, "scale": request.scale, "seed": request.seed}
-    return write(request.out / experiment(request.name).result, {**made, "command": request.command})
+    made |= {"seeds": None if wanted.seeds is None else list(wanted.seeds), "command": request.command}
+    return write(request.out / experiment(request.name).result, made)
 
 
 def show(out: Path, name: str) -> Page:
@@ -65,7 +66,7 @@ def show(out: Path, name: str) -> Page:
 
     r = read(out / experiment(name).result)
     every = load_results(out / "bench", r["model"], r["scale"])
-    found = {task: every[task] for task in tasks_of(name, r["scale"]) if task in every}
+    found = {task: every[task].of_seeds(r.get("seeds")) for task in tasks_of(name, r["scale"]) if task in every}
     facts = [("model", r["model"]), ("scale", r["scale"]), ("tasks", ", ".join(found))]
     page = {"figure1": _top_rows, "figure2": _heat_maps}.get(name, _table)(name, found)
     title = f"{name[:-1].capitalize()} {name[-1]}: {experiment(name).shows}"

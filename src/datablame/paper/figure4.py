@@ -9,12 +9,10 @@ Drawn from the benchmark's cells: runs that a cell has already are not run again
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datablame.errors import UserError
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import Style, Trace, curve, level, panels, share
 from datablame.paper.results import difference, half, point, read, too_few, write
@@ -72,21 +70,10 @@ def run(request: Request) -> Path:
         reporter=request.reporter,
     )
     there = load_results(request.out / "bench", request.model, request.scale)
-    found = {t: _of_seeds(there[t], wanted.seeds) for t in tasks}
+    found = {t: there[t].of_seeds(wanted.seeds) for t in tasks}
     made: dict[str, Any] = {"experiment": request.name, "model": Path(request.model).name, "scale": request.scale}
     made |= {"seed": request.seed, "command": request.command}
     return write(request.out / experiment(request.name).result, made | summary(found))
-
-
-def _of_seeds(found: TaskResults, seeds: Sequence[int] | None) -> TaskResults:
-    """Those that were asked for, where the directory has others, too; None: all that are there.
-
-    Raises UserError where each of them was left out.
-    """
-    some = [r for r in found.results if seeds is None or r["seed"] in seeds]
-    if not some:
-        raise UserError(" ".join(found.left_out))
-    return replace(found, results=some)
 
 
 def cells(request: Request) -> Cells:
