@@ -212,7 +212,6 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_tables_script", ROOT / "benchmarks" / "tables.py")
     assert spec
     assert spec.loader
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # it has modules beside it
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path)

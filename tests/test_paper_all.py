@@ -97,7 +97,6 @@ def test_a_scale_that_one_lacks_leaves_it_out(run: Any, some: dict[str, ModuleTy
     [
         (("table5", "--judge", "mine:f"), "--judge: table5 judges no answers."),
         (("figure4", "--judge-labels", "x.jsonl"), "--judge: figure4 judges no answers."),
-        (("table9", "--mnist", "."), "--mnist: table9 is not about MNIST."),
         (("figure8", "--model", "a", "--model", "b"), "--model, given twice: figure8 shows one model."),
     ],
 )

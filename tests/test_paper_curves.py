@@ -194,7 +194,6 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec = importlib.util.spec_from_file_location("tables_script_of_curves", place)
     assert spec
     assert spec.loader
-    monkeypatch.syspath_prepend(place.parent)  # it has modules beside it
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "RESULTS", tmp_path)

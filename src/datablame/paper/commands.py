@@ -64,9 +64,7 @@ def run(
         raise UserError(f"--scale {scale}: use {' or '.join(scales)}.")
     check_out(out)
     if name != ALL:
-        _check_used(
-            experiment(name).module, name, judge != "keywords" or judge_label or judge_labels, mnist, len(model)
-        )
+        _check_used(experiment(name).module, name, judge != "keywords" or judge_label or judge_labels, len(model))
     first = seed if several is None else several[0]
     asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
     request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels)
@@ -78,16 +76,14 @@ def run(
     typer.echo(f"{path}; see it with: datablame paper show {name} --out {shlex.quote(str(out))}")
 
 
-def _check_used(module: str, name: str, judge: object, mnist: str | None, models: int) -> None:
+def _check_used(module: str, name: str, judge: object, models: int) -> None:
     """Raises UserError for an option that the experiment would not look at."""
-    asks = module in ("table1", "table6", "figure6")
-    for option, given, looked_at, why in (
-        ("--judge", judge, asks, "judges no answers"),
-        ("--mnist", mnist, module in ("table5", "figure3", "figure7"), "is not about MNIST"),
-        ("--model, given twice", models > 1, asks, "shows one model"),
-    ):
-        if given and not looked_at:
-            raise UserError(f"{option}: {name} {why}.")
+    if module in ("table1", "table6", "figure6"):
+        return
+    if judge:
+        raise UserError(f"--judge: {name} judges no answers.")
+    if models > 1:
+        raise UserError(f"--model, given twice: {name} shows one model.")
 
 
 def _command(name: str) -> str:
