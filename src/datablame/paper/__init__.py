@@ -58,7 +58,7 @@ def _alignment(shows: str, name: str, smoke: str, cpu: str) -> Experiment:
 
 
 PLACES = {
-    "smoke": "about 6 minutes, the model's 93 MB fetched once",
+    "smoke": "about 4 minutes, the model's 93 MB fetched once",
     "cpu": "about 2 hours, a cell of some 10 minutes each",
     "paper": "a GPU; never run here",
 }

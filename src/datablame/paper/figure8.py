@@ -75,11 +75,11 @@ def fours(depth: int) -> list[list[int]]:
 
 
 def choices(scale: str, depth: int) -> list[tuple[str, str, list[int] | None]]:
-    """(question, label, layers) of every fine-tune; None: all layers. Smoke: the ends only."""
+    """(question, label, layers) of every fine-tune; None: all layers. Smoke: one of each."""
     smoke = scale == "smoke"
     numbers = [k for k in (SMOKE_NUMBERS if smoke else NUMBERS) if k < depth]
     places = fours(depth)
-    places = [places[0], places[-1]] if smoke and places else places
+    places = places[:1] if smoke else places
     return [
         *(("number", str(k), spread(k, depth)) for k in numbers),
         ("number", f"all {depth}", None),
