@@ -178,5 +178,5 @@ class Run:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.delenv("DATABLAME_DEBUG", raising=False)
+    monkeypatch.setenv("DATABLAME_DEBUG", "")  # and so taken away again, where a test sets it
     return Run(capsys, monkeypatch)

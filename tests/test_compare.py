@@ -273,7 +273,7 @@ def test_the_command_with_its_defaults(
 def _run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str, str]:
-    monkeypatch.delenv("DATABLAME_DEBUG", raising=False)
+    monkeypatch.setenv("DATABLAME_DEBUG", "")
     monkeypatch.setattr(sys, "argv", ["datablame", "compare", *map(str, arguments)])
     code = 0
     try:
