@@ -13,8 +13,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: setup
 	$(BIN)/datablame demo
 
+# One thread in each of as many processes as there are cores: most tests are too small for threads.
 test: check
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m slow
