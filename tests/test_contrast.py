@@ -11,24 +11,30 @@ import torch
 import datablame
 from conftest import ROWS, Run, write_jsonl
 from datablame import contrast, tracing
+from datablame.diagnostics import CONTROLS
 from datablame.errors import UserError
 from datablame.examples import load_examples
 from datablame.indexing import CaptureOptions
-from datablame.methods import create
+from datablame.methods import BUILTIN, create
+from datablame.tuning import TuneOptions, tune
 
 THIS = [("Name a fruit.", "A pear."), ("Say hi.", "Hello there, all of you")]
 THAT = ["Eight legs.", "No."]
 LINEAR = ["graddot", "graddot:relatif=l", "graddot:center=1", "exact", "exact:relatif=theta", "exact-block", "datainf"]
-LINEAR += ["lissa:steps=5", "dda", "gauss-newton"]
+LINEAR += ["lissa:steps=5", "dda", "gauss-newton", "kfac", "ekfac", "tracincp", "adamdot", "trak", "bif", "daunce"]
+EXTRAS = (
+    "base-gradients,sampled,hidden-gradient,kfac,margin,moments,bif:chains=2,draws=3,burn=1,every=1,daunce:models=3"
+)
 
 
 @pytest.fixture(scope="module")
-def rich(model_dir: Path, adapter_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An index with extras, in float64."""
+def rich(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of two checkpoints with all extras, in float64."""
     folder = tmp_path_factory.mktemp("rich")
     train = write_jsonl(folder / "t.jsonl", [{"prompt": p, "response": r} for p, r in ROWS])
-    options = CaptureOptions(extras="base-gradients,sampled,hidden-gradient")
-    datablame.index(str(model_dir), train, folder / "i", str(adapter_dir), dtype="float64", capture=options)
+    tune(model_dir, train, folder / "a", options=TuneOptions(rank=2, epochs=2, rate=1e-2, batch=2, keep=2))
+    options = CaptureOptions(checkpoints="all", extras=EXTRAS)
+    datablame.index(str(model_dir), train, folder / "i", str(folder / "a"), dtype="float64", capture=options)
     return folder / "i"
 
 
@@ -51,6 +57,25 @@ def test_a_linear_method_scores_this_minus_that(rich: Path, files: tuple[Path, P
         assert np.abs(want).max() > 0
     assert both.notes == ["A score is of a query's output rather than its `against`."]
     assert list(both.controls) == ["gradnorm"]  # words and states have no difference
+
+
+@pytest.mark.parametrize("name", [n for n in BUILTIN if n not in CONTROLS])
+def test_every_method_refuses_or_turns_its_sign_with_the_contrast(
+    rich: Path, files: tuple[Path, Path, Path], tmp_path: Path, name: str
+) -> None:
+    query = load_examples(files[0])[0]
+    this, that = str(query.response), str(query.against)
+    spec = {"cg": "cg:steps=3", "minres": "minres:steps=3"}.get(name, name)
+    if contrast.why_not(create(name)):
+        with pytest.raises(UserError, match="cannot score one output against another"):
+            datablame.trace(rich, prompt=query.prompt, response=this, against=that, methods=[spec])
+        return
+    ways = [(this, that), (that, this)]
+    there, back = (
+        datablame.trace(rich, prompt=query.prompt, response=a, against=b, methods=[spec]).values[spec] for a, b in ways
+    )
+    np.testing.assert_allclose(there, -back, rtol=1e-6, atol=1e-9 * np.abs(there).max())
+    assert np.abs(there).max() > 0
 
 
 def test_a_cosine_is_with_the_difference_of_gradients(rich: Path, files: tuple[Path, Path, Path]) -> None:
