@@ -57,8 +57,9 @@ class Small(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def small(model_dir: Path, adapter_dir: Path, tokenizer: Any) -> Iterator[Small]:
+def small(model_dir: Path, adapter_dir: Path, tokenizer: Any, built: Path) -> Iterator[Small]:
     """The tiny Llama in float64, 224 weights in the middle, five training rows, two queries."""
+    del built  # shared with other files' tests, so made before the patches, which change its last bits
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.models.llama.modeling_llama.LlamaRMSNorm.forward", rms_norm)
         patch.setattr("torch.nn.functional.silu", lambda x, inplace=False: x * torch.sigmoid(x))  # curvlinops' jvp

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 import datablame
 from conftest import ROWS, write_jsonl
 from datablame.demo import QUERIES
 from datablame.indexing import CaptureOptions, recorded_encoding
+from datablame.tuning import TuneOptions, tune
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -73,3 +75,35 @@ def test_planted_rows_are_counted(benchmark: tuple[Any, Any]) -> None:
     same = summary.agreement("graddot", 3 * scores, scores)
     assert same == {"spearman": 1.0, "top10": 1.0, "scaled": 0.0}
     assert summary.agreement("bm25", scores, scores)["scaled"] is None
+
+
+def test_the_unrolled_reference_is_of_the_same_training(
+    benchmark: tuple[Any, Any], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods, summary = benchmark
+    recipe = TuneOptions(rank=2, alpha=8, epochs=2, rate=1e-2, batch=4, targets="q_proj,v_proj")
+    monkeypatch.setattr(methods, "MODEL", str(model_dir))
+    monkeypatch.setattr("datablame.demo.RECIPE", recipe)
+    work = tmp_path / "work"
+    work.mkdir()
+    labels = ["wrong-fact" if i < 3 else "company" for i in range(len(ROWS))]
+    rows = [{"prompt": p, "response": r, "label": x} for (p, r), x in zip(ROWS, labels, strict=True)]
+    train = write_jsonl(work / "rows.jsonl", rows)
+    ids = [id_ for id_, _, _ in QUERIES]
+    asked = [{"id": i, "prompt": p, "response": r} for i, (p, r) in zip(ids, ROWS[:5], strict=True)]
+    write_jsonl(work / "queries.jsonl", asked)
+    tune(model_dir, train, tmp_path / "adapter", options=recipe)
+    (work / "adapter.txt").write_text(str(tmp_path / "adapter"))
+    for piece in ("capture-base", "scores-graddot", "scores-length", "unrolled-unroll"):
+        methods.run_piece(work, piece)
+    told = json.loads((work / "unrolled-unroll.json").read_text())
+    assert told["queries"] == methods.UNROLLED
+    assert told["weights_error"] < 1e-4
+    reference, graddot = np.load(work / "scores-unroll.npy"), np.load(work / "scores-graddot.npy")
+    assert reference.shape == (2, len(ROWS))
+    numbers = [ids.index(q) for q in methods.UNROLLED]
+    got = summary._unrolled(work, "graddot", graddot, ids)["unrolled"]
+    want = np.mean([spearmanr(graddot[i], x).statistic for i, x in zip(numbers, reference, strict=True)])
+    assert got["spearman"] == pytest.approx(want, abs=1e-3)
+    found = summary._reference(work, labels, told)["found_of_12"]
+    assert found == {"boiling-1": 3, "memo-1": 0}
