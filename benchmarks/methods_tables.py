@@ -26,7 +26,7 @@ def methods(r: dict[str, Any]) -> str:
     left += [f"Not finished: {', '.join(f'`{p}`' for p in r['not_finished'])}."] if r["not_finished"] else []
     told = [
         text,
-        *([_reference(r["unroll"])] if r["unroll"] else []),
+        *([_reference(r["unroll"])] if r.get("unroll") else []),
         *(["Not run. " + " ".join(left)] if left else []),
     ]
     return "\n\n".join([bench_tables.markdown(rows), *told])
