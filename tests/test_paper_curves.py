@@ -105,8 +105,13 @@ def test_figure4_is_of_the_seeds_that_were_asked_for(
     monkeypatch.setattr(figure4, "RUNS", (figure4.REPSIM, figure4.BM25))
     found = []
     for seeds in ((0, 1), (1,), None):
-        path = figure4.run(replace(asked, seeds=seeds, seed=seeds[0] if seeds else 0))
+        this = replace(asked, seeds=seeds, seed=seeds[0] if seeds else 0)
+        path = figure4.run(this)
         found.append(json.loads(path.read_text())["tasks"]["grammars"]["seeds"])
+        assert figure4.run(this) == path  # the same again: its cells are summed up again
+        with pytest.raises(UserError, match="holds another run .its seed"):
+            figure4.run(replace(this, seeds=(9,)))
+        path.unlink()
     assert found == [[0, 1], [1], [0]]
 
 

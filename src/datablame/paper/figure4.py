@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import Style, Trace, curve, level, panels, share
-from datablame.paper.results import difference, half, point, read, too_few, write
+from datablame.paper.results import already_there, difference, half, point, read, too_few, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults, Tested
@@ -58,7 +58,10 @@ def run(request: Request) -> Path:
     from datablame.evaluation.results import load_results
 
     wanted = cells(request)
-    tasks = wanted.tasks
+    tasks, path = wanted.tasks, request.out / experiment(request.name).result
+    this: dict[str, Any] = {"model": Path(request.model).name, "scale": request.scale, "seed": request.seed}
+    this["seeds"] = None if wanted.seeds is None else list(wanted.seeds)
+    already_there(path, this)  # the same run is summed up again: its cells may have grown
     bench(
         request.model,
         request.out / "bench",
@@ -71,9 +74,8 @@ def run(request: Request) -> Path:
     )
     there = load_results(request.out / "bench", request.model, request.scale)
     found = {t: there[t].of_seeds(wanted.seeds) for t in tasks}
-    made: dict[str, Any] = {"experiment": request.name, "model": Path(request.model).name, "scale": request.scale}
-    made |= {"seed": request.seed, "command": request.command}
-    return write(request.out / experiment(request.name).result, made | summary(found))
+    made = {"experiment": request.name, "command": request.command, "run": this}
+    return write(path, made | summary(found))
 
 
 def cells(request: Request) -> Cells:
@@ -193,7 +195,11 @@ def show(out: Path, name: str) -> Page:
     """The curves, a table a task, and what they say."""
     r = read(out / experiment(name).result)
     tasks = r["tasks"]
-    facts = [("Model", r["model"]), ("Scale", r["scale"]), ("Tasks", ", ".join(map(_heading, tasks.items())))]
+    facts = [
+        ("Model", r["run"]["model"]),
+        ("Scale", r["run"]["scale"]),
+        ("Tasks", ", ".join(map(_heading, tasks.items()))),
+    ]
     facts += [("Seeds", ", ".join(map(str, next(iter(tasks.values()))["seeds"]))), ("Machine", r["machine"])]
     failed = [f"{t}: {run} failed: {why}" for t, x in tasks.items() for run, why in x["failed"].items()]
     notes = [
@@ -205,7 +211,7 @@ def show(out: Path, name: str) -> Page:
         *(note for x in tasks.values() for note in x["left_out"]),
     ]
     title = "Figure 4: do more of LiSSA's iterations find more of the right rows?"
-    made = {k: r[k] for k in ("experiment", "model", "scale", "seed", "protocol")}
+    made = {"experiment": r["experiment"], **r["run"], "protocol": r["protocol"]}
     return Page(title, facts, notes, _tables(r), _views(r), str(r["command"]), made)
 
 
