@@ -26,7 +26,7 @@ from datablame.paper import figure7 as widths
 from datablame.paper import table5 as paper
 from datablame.paper.figure3 import spread
 from datablame.report.bench import BASE
-from methods_tables import captures, curvatures, methods  # noqa: F401
+from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -37,7 +37,7 @@ FILES = {
     "figure4": "paper/figure4",
     "figure5": "paper/figure5",
     "figure7": "paper/figure7",
-    **dict.fromkeys(("captures", "curvatures"), "methods"),
+    **dict.fromkeys(("captures", "curvatures", "unrolled"), "methods"),
 }
 """Tables whose result has another name."""
 

@@ -52,7 +52,7 @@ def test_the_numbers_are_those_of_the_formulas(compared: Comparison) -> None:
         s, e = compared.scores[row.method][row.damping], compared.scores["exact"][row.damping]
         rho = np.mean([spearmanr(a, b).statistic for a, b in zip(s, e, strict=True)])
         assert row.spearman == pytest.approx(rho)
-        assert row.top10 == np.mean([np.argmax(a) == np.argmax(b) for a, b in zip(s, e, strict=True)])  # 7 rows: top 1
+        assert row.top == np.mean([np.argmax(a) == np.argmax(b) for a, b in zip(s, e, strict=True)])  # 7 rows: top 1
         assert row.seconds is not None
         assert row.seconds > 0
         if row.method in ("repsim", "bm25", "gradnorm"):
@@ -88,7 +88,7 @@ def test_residual_is_the_median_of_the_method(compared: Comparison, built: Path,
 def test_the_exact_solution_agrees_with_itself_and_converged_lissa_with_exact_block(built: Path, queries: Path) -> None:
     c = datablame.compare(built, queries, methods=["exact", "exact-block", "lissa:steps=inf"], dampings=[0.1])
     exact, block, lissa = c.rows
-    assert (exact.spearman, exact.top10, exact.raw) == (pytest.approx(1), 1, 0)
+    assert (exact.spearman, exact.top, exact.raw) == (pytest.approx(1), 1, 0)
     assert exact.scaled == pytest.approx(0, abs=1e-12)
     assert block.raw == pytest.approx(lissa.raw)
     assert lissa.residual == pytest.approx(0)
@@ -105,7 +105,7 @@ def test_agreement_of_every_pair(compared: Comparison) -> None:
                 x, y = compared.scores[p][a.damping], compared.scores[q][a.damping]
                 rho = np.mean([spearmanr(u, v).statistic for u, v in zip(x, y, strict=True)])
                 assert a.spearman[i][j] == pytest.approx(rho)
-                assert a.top10[i][j] == a.top10[j][i]
+                assert a.top[i][j] == a.top[j][i]
 
 
 def test_near_methods_stand_together() -> None:
@@ -172,12 +172,13 @@ def test_files(compared: Comparison, tmp_path: Path) -> None:
     paths = compared.save(tmp_path / "new")
     assert [p.name for p in paths] == ["compare.json", "compare.parquet", "compare.html"]
     data = json.loads(paths[0].read_text(), parse_constant=pytest.fail)
-    keys = {"version", "reference", "dampings", "queries", "training_rows", "rows", "agreement", "notes", "settings"}
+    keys = {"version", "reference", "dampings", "queries", "training_rows", "top_size", "rows", "agreement", "notes"}
+    keys |= {"settings"}
     assert set(data) == keys
     assert (data["reference"], data["dampings"], data["training_rows"]) == ("exact", DAMPINGS, len(ROWS))
-    fields = ["method", "damping", "damped", "seconds", "spearman", "top10", "raw", "scaled", "residual", "error"]
+    fields = ["method", "damping", "damped", "seconds", "spearman", "top", "raw", "scaled", "residual", "error"]
     assert all(list(r) == fields for r in data["rows"])
-    assert all(set(a) == {"damping", "methods", "spearman", "top10"} for a in data["agreement"])
+    assert all(set(a) == {"damping", "methods", "spearman", "top"} for a in data["agreement"])
     frame = pd.read_parquet(paths[1])
     assert list(frame.columns) == fields
     assert len(frame) == len(METHODS) * len(DAMPINGS)

@@ -106,6 +106,20 @@ def test_findings_warn_where_they_must() -> None:
     assert "graddot and mine share" in sentences(scores, "note") + sentences(scores, "warning")
 
 
+def test_many_pairs_are_told_in_one_sentence() -> None:
+    row = RNG.normal(size=(3, 40))
+    few = {name: row + 0.1 * RNG.normal(size=(3, 40)) for name in ("a", "b", "c")}
+    pairs = [f for f in diagnose(make(few)) if "spearman" in f.numbers]
+    assert len(pairs) == 3
+    (one,) = [f for f in diagnose(make(few | {"d": row, "e": -row})) if "pairs" in f.numbers]
+    assert one.numbers == {"pairs": 10, "pairs_apart": 4}
+    assert one.sentence.startswith("Of 10 pairs of methods 4 share less than a fifth of their top 10")
+    assert "d and e share 0% of their top 10 (rank correlation -1.00)." in one.sentence
+    assert one.level == "warning"
+    (near,) = [f for f in diagnose(make(few | {"d": row, "e": row})) if "pairs" in f.numbers]
+    assert near.level == "note"
+
+
 def test_gradients_notes_and_equal_scores() -> None:
     norms = np.zeros(20)
     norms[8:] = 1.0

@@ -22,6 +22,7 @@ from datablame.capture import capture
 from datablame.encoding import Encoded, Encoding, EncodingOptions
 from datablame.errors import UserError
 from datablame.examples import from_prompt
+from datablame.indexing import Reporter
 from datablame.methods import create, parse
 from datablame.methods.base import Operator
 from datablame.methods.krylov import lanczos
@@ -213,6 +214,47 @@ def test_an_index(model_dir: Path, adapter_dir: Path, built: Path, tmp_path: Pat
     store = datablame.FeatureStore.open(built)
     with pytest.raises(UserError, match="need the model; use datablame trace or compare"):
         Inputs(store, [], {}).score(parse("cg"))
+
+
+def test_products_are_told_and_what_is_not_solved_is_a_note(built: Path, tmp_path: Path) -> None:
+    query = write_jsonl(tmp_path / "q.jsonl", [{"prompt": p, "response": r} for p, r in ROWS[2:4]])
+    told = Told()
+    specs = ["cg:steps=3,probes=2,damping=1e-3", "cg:steps=3,probes=2,damping=1e5", "minres:steps=2,damping=1e-3"]
+    scores = datablame.trace(built, query, methods=specs, reporter=told)
+    assert [n.partition(", about")[0] for n in told.notes] == [
+        f"{name}: at most {n} products with a curvature matrix of the model"
+        for name, n in (("cg", 2 + 3 * 2), ("cg", 2 + 3 * 2), ("minres", 8 + 2 * 2))
+    ]
+    assert told.totals == [8, 8, 12]
+    assert told.done == [8, 6, 12]  # with much damping two steps are enough
+    notes = " ".join(scores.notes)
+    assert f"{specs[0]}: its equation is left with a residual of" in notes
+    assert f"{specs[1]}:" not in notes  # so much damping that three steps solve it
+    (warned,) = (n for n in scores.notes if n.startswith("minres: H + λI has negative curvature"))
+    enough = 1.1 * float(warned.rpartition("above ")[2].rstrip(")."))
+    again = datablame.trace(built, query, methods=[f"minres:steps=2,damping={enough}"])
+    assert not any("negative curvature" in n for n in again.notes)
+
+
+class Told(Reporter):
+    """Keeps the notes, and of every bar its end and how far it came."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.totals: list[int] = []
+        self.done: list[int] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def start(self, what: str, total: int, unit: str = "tokens") -> None:
+        if unit == "products":
+            self.totals.append(total)
+            self.done.append(0)
+
+    def advance(self, done: int) -> None:
+        if self.done:
+            self.done[-1] += done
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datablame import methods as registry
-from datablame.diagnostics import CONTROLS, base_name, rank_correlation, top_overlap
+from datablame.diagnostics import CONTROLS, base_name, rank_correlation, top_overlap, top_size
 from datablame.errors import UserError
 from datablame.examples import Columns, Example, load_examples
 from datablame.indexing import SILENT, Reporter
@@ -61,7 +61,8 @@ class Row:
 
     damped: whether the method has a damping; the others run once and stand beside every damping.
     seconds: of fit and scores, reading the index included; of a damped method for the whole sweep.
-    spearman, top10: rank correlation over training rows and shared top rows, averaged over queries.
+    spearman, top: rank correlation over training rows, and the share of its top rows that `exact` has among its own
+        (`top_size` of them: 10, fewer for small files), averaged over queries.
     raw: `‖S − E‖/‖E‖`, Frobenius norms of the score matrices; scaled: `min_a ‖aS − E‖/‖E‖`.
     residual: the solver's `‖αHr − v‖/‖v‖`, median over queries and blocks.
     error: why it has no scores.
@@ -72,7 +73,7 @@ class Row:
     damped: bool
     seconds: float | None = None
     spearman: float | None = None
-    top10: float | None = None
+    top: float | None = None
     raw: float | None = None
     scaled: float | None = None
     residual: float | None = None
@@ -86,7 +87,7 @@ class Agreement:
     damping: float
     methods: list[str]
     spearman: list[list[float | None]]
-    top10: list[list[float]]
+    top: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Comparison:
             "dampings": self.dampings,
             "queries": [q.id for q in self.queries],
             "training_rows": len(self.train),
+            "top_size": top_size(len(self.train)),
             "rows": [dataclasses.asdict(r) for r in self.rows],
             "agreement": [dataclasses.asdict(a) for a in self.agreement],
             "notes": list(self.notes),
@@ -176,13 +178,19 @@ def compare(
     loaded = load_for(store, model, adapter, device)
     encoder = encoder_of(store, loaded)
     captured = capture_queries(store, loaded, encoder, queries, reporter, [m.needs for m in chosen.values()])
-    inputs = Inputs(store, queries, captured, product=lambda: product_of(store, loaded, encoder))
+    inputs = Inputs(
+        store,
+        queries,
+        captured,
+        product=lambda method: product_of(store, loaded, encoder, method, len(queries), reporter),
+    )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         reference = _run(registry.create(REFERENCE), inputs, dampings)
-        runs = {
-            spec: reference if spec == REFERENCE else _run(method, inputs, dampings) for spec, method in chosen.items()
-        }
+        runs = {}
+        for spec, method in chosen.items():
+            runs[spec] = reference if spec == REFERENCE else _run(method, inputs, dampings)
+            reporter.end()
     if reference.errors:
         raise UserError(f"there is no exact solution to compare with. {next(iter(reference.errors.values()))}")
     notes = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))

@@ -117,13 +117,13 @@ def _top_table(method: str, records: list[dict[Any, Any]]) -> Table:
 
 def print_comparison(comparison: Comparison) -> None:
     """One table: each method at each damping against the exact solution."""
-    from datablame.report.compare import HEADINGS, cells
+    from datablame.report.compare import cells, headings
 
     title = "against exact at the same damping"
     # Without lines, so that it fits 80 columns.
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0))
     table.add_column("method", overflow="fold", min_width=20)
-    for heading in HEADINGS:
+    for heading in headings(len(comparison.train)):
         table.add_column(heading.replace(" ", "\n"), justify="right", vertical="bottom")
     failed: dict[tuple[str, str], list[str]] = {}
     before = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -181,22 +182,33 @@ def _explained(method: str, v: Matrix, control: str, c: Matrix, words: str) -> l
     sentence = f"Its ranking correlates {rho:.2f} with {words}, and they share {overlap:.0%} of their top {k}."
     if rho > 0.5:
         sentence += " What it finds could be had without the fine-tuned model." if control != "gradnorm" else ""
-    return [Finding(level, sentence, method, {f"spearman_{control}": rho, f"top10_{control}": overlap})]
+    return [Finding(level, sentence, method, {f"spearman_{control}": rho, f"top_{control}": overlap})]
+
+
+PAIRS = 6
+"""More pairs of methods than these are told in one sentence."""
 
 
 def _agreement(scores: Scores) -> list[Finding]:
-    names = [m for m in scores.methods if base_name(m) not in CONTROLS]
-    findings = []
-    for i, a in enumerate(names):
-        for b in names[i + 1 :]:
-            overlap = top_overlap(scores.matrix(a), scores.matrix(b))
-            rho = rank_correlation(scores.matrix(a), scores.matrix(b))
-            if np.isfinite(rho):
-                level: Level = "warning" if overlap < 0.2 or rho < 0 else "note"
-                k = top_size(len(scores.train))
-                sentence = f"{a} and {b} share {overlap:.0%} of their top {k} (rank correlation {rho:.2f})."
-                findings.append(Finding(level, sentence, None, {"top10": overlap, "spearman": rho}))
-    return findings
+    names, k = [m for m in scores.methods if base_name(m) not in CONTROLS], top_size(len(scores.train))
+    findings: list[Finding] = []
+    for a, b in combinations(names, 2):
+        overlap = top_overlap(scores.matrix(a), scores.matrix(b))
+        rho = rank_correlation(scores.matrix(a), scores.matrix(b))
+        if np.isfinite(rho):
+            level: Level = "warning" if overlap < 0.2 or rho < 0 else "note"
+            sentence = f"{a} and {b} share {overlap:.0%} of their top {k} (rank correlation {rho:.2f})."
+            findings.append(Finding(level, sentence, None, {"top": overlap, "spearman": rho}))
+    if len(findings) <= PAIRS:
+        return findings
+    apart = [f for f in findings if f.level == "warning"]
+    least = min(findings, key=lambda f: (f.numbers["spearman"], f.numbers["top"]))
+    sentence = (
+        f"Of {len(findings)} pairs of methods {len(apart)} share less than a fifth of their top {k}, or rank in "
+        f"opposite directions. Least alike: {least.sentence}"
+    )
+    numbers: dict[str, float] = {"pairs": len(findings), "pairs_apart": len(apart)}
+    return [Finding("warning" if apart else "note", sentence, None, numbers)]
 
 
 def verdict(findings: list[Finding], methods: int) -> str:

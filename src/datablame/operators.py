@@ -10,6 +10,7 @@ Both matrices are means over the rows, of each row's summed loss `ℓ(z(w))`, z 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from datablame.blocks import Blocks, uses_head
 from datablame.capture import Batch, labelled_only, plan_batches
 from datablame.encoding import Encoded
+from datablame.indexing import Reporter, duration
 
 Matrix = Literal["gauss-newton", "hessian"]
 Product = Callable[[Matrix, Float[Tensor, "k D"]], Float[Tensor, "k D"]]
@@ -49,6 +51,26 @@ def curvature(model: Any, rows: Sequence[Encoded], blocks: Blocks, batch_tokens:
         return total / len(rows)
 
     return product
+
+
+def counted(product: Product, name: str, total: int, reporter: Reporter) -> Product:
+    """The same product for a method that needs `total` of them at most: the first tells how long all take, and a bar
+    follows. The caller ends the bar."""
+    began = False
+
+    def times(matrix: Matrix, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
+        nonlocal began
+        start = time.perf_counter()
+        hx = product(matrix, x)
+        if not began:
+            about = duration((time.perf_counter() - start) / len(x) * total)
+            reporter.note(f"{name}: at most {total} products with a curvature matrix of the model, about {about}")
+            reporter.start(name, total, "products")
+            began = True
+        reporter.advance(len(x))
+        return hx
+
+    return times
 
 
 Times = Callable[[list[Tensor]], tuple[Tensor, ...]]

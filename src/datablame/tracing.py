@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,8 +85,10 @@ def trace(
     needs, that = [m.needs for m in chosen.values()], contrast.others(queries)
     captured = capture_queries(store, loaded, encoder, queries, reporter, needs)
     captured_that = None if that is None else capture_queries(store, loaded, encoder, that, reporter, needs)
-    inputs = Inputs(store, queries, captured, captured_that, lambda: product_of(store, loaded, encoder))
-    values = {spec: inputs.score(method) for spec, method in chosen.items()}
+    inputs = Inputs(
+        store, queries, captured, captured_that, lambda m: product_of(store, loaded, encoder, m, len(queries), reporter)
+    )
+    values = {spec: _scored(spec, method, inputs, notes, reporter) for spec, method in chosen.items()}
     names = [c for c in available(store, CONTROLS) if that is None or not contrast.why_not(registry.create(c))]
     notes += [contrast.note(queries)] if that is not None else []
     controls = {c: values[c] if c in values else inputs.score(registry.create(c)) for c in names}
@@ -95,6 +98,28 @@ def trace(
         found = token_scores(scores, chosen, store, captured, loaded, encoder, tokens, reporter)
         scores = replace(scores, tokens=found)
         notes += filter(None, [gap_note(scores)])
+    return scores
+
+
+UNSOLVED = 0.1
+"""A residual above it is told: the scores are not those of the solution."""
+
+
+def _scored(spec: str, method: Method, inputs: Inputs, notes: list[str], reporter: Reporter) -> np.ndarray[Any, Any]:
+    """`[m, n]`; what the method warns of, and a residual that is left, become notes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            scores = inputs.score(method)
+        finally:
+            reporter.end()
+    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
+    for left in getattr(method, "residual", {}).values():
+        if (residual := float(np.median(left.numpy()))) > UNSOLVED:
+            notes.append(
+                f"{spec}: its equation is left with a residual of {residual:.2g} (median over queries), so that these "
+                "are not the scores of its solution. More steps or more damping bring it down."
+            )
     return scores
 
 
@@ -191,17 +216,29 @@ def capture_queries(
     return captured
 
 
-def product_of(store: FeatureStore, loaded: Loaded, encoder: Encoding) -> Product:
-    """Curvature products over the index's training rows, for its gradient blocks in their order."""
+def product_of(
+    store: FeatureStore,
+    loaded: Loaded,
+    encoder: Encoding,
+    method: Method,
+    m: int,
+    reporter: Reporter = SILENT,
+) -> Product:
+    """Curvature products over the index's training rows, for its gradient blocks in their order.
+
+    The reporter is told of those that `method` takes for m queries, where the method tells how many (`products(m)`).
+    """
     from datablame.blocks import select_blocks
-    from datablame.operators import curvature
+    from datablame.operators import counted, curvature
 
     rows = encode_rows(encoder, store.examples)
     if digest(store.examples, rows) != store.settings["train_sha256"]:
         raise UserError(f"{store.path}: its rows are encoded in another way now. Index again.")
     blocks = select_blocks(loaded.model, store.settings["blocks"])
     chosen = {name: blocks[name] for name in store.features("gradients")}
-    return curvature(loaded.model, rows, chosen, store.settings["batch_tokens"])
+    product = curvature(loaded.model, rows, chosen, store.settings["batch_tokens"])
+    many = getattr(method, "products", None)
+    return counted(product, type(method).__name__.lower(), many(m), reporter) if many else product
 
 
 def _check_checkpoints(store: FeatureStore, adapter: str) -> None:
@@ -254,10 +291,10 @@ class Inputs:
         queries: Sequence[Example],
         captured: Mapping[str, Tensor],
         against: Mapping[str, Tensor] | None = None,
-        product: Callable[[], Product] | None = None,
+        product: Callable[[Method], Product] | None = None,
     ) -> None:
-        """against: features of the other answers · product: makes curvature products of the live model, where there
-        is one; see operators.py."""
+        """against: features of the other answers · product: makes a method's curvature products of the live model,
+        where there is one; see operators.py."""
         self.store, self.queries, self.captured, self.product = store, queries, captured, product
         self.sides: list[Inputs] = []
         if against is not None:
@@ -275,17 +312,18 @@ class Inputs:
 
     def score(self, method: Method) -> np.ndarray[Any, Any]:
         """Fit on the training rows, score the queries: `[m, n]` in float64."""
-        fitted: Any = method.fit(self._train(method.needs))
+        fitted: Any = method.fit(self._train(method))
         if self.sides and hasattr(fitted, "score_against"):
             return fitted.score_against(*(side._query(method.needs) for side in self.sides)).double().numpy()
         return fitted.score(self._query(method.needs)).double().numpy()
 
     def sweep(self, method: Any, dampings: Sequence[float]) -> dict[float, np.ndarray[Any, Any]]:
         """As `score`, for a method with damping: `{damping: [m, n]}` from one factorisation."""
-        swept = method.fit(self._train(method.needs)).sweep(self._query(method.needs), dampings)
+        swept = method.fit(self._train(method)).sweep(self._query(method.needs), dampings)
         return {damping: scores.double().numpy() for damping, scores in swept.items()}
 
-    def _train(self, need: str) -> Any:
+    def _train(self, method: Method) -> Any:
+        need = method.needs
         if need == "texts":
             return _texts(self.store.examples)
         if need == "adam":
@@ -295,7 +333,7 @@ class Inputs:
         if need == "operator":
             if self.product is None:
                 raise UserError("products with a curvature matrix need the model; use datablame trace or compare.")
-            return Operator(self.of_train("gradients"), self.product())
+            return Operator(self.of_train("gradients"), self.product(method))
         if extra := serving(need, self.store.settings["extras"]):
             return extra.of_train(self._source(extra.kind, self.of_train))
         return self._features(need, self.of_train)

@@ -49,7 +49,7 @@ class CellInputs(Inputs):
         train: FeatureStore,
         queries: FeatureStore,
         view: str | None,
-        product: Callable[[], Product] | None = None,
+        product: Callable[[Method], Product] | None = None,
     ) -> None:
         super().__init__(train, queries.examples, {}, product=product)
         self.query_store, self.view = queries, view or "response"
@@ -69,7 +69,7 @@ def score_runs(
     train: FeatureStore,
     queries: FeatureStore,
     reporter: Reporter,
-    product: Callable[[], Product] | None = None,
+    product: Callable[[Method], Product] | None = None,
 ) -> dict[str, Scored]:
     """Every run on one set of responses; one that fails says why, and the others go on. product: as in `Inputs`."""
     out: dict[str, Scored] = {}

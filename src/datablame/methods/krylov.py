@@ -87,11 +87,15 @@ class CG(OnGradients):
         solved = [self._solve(part, shifts) for part in x.split(CHUNK)]
         self.residual = {d: torch.cat([s[1][k] for s in solved])[:, None] for k, d in enumerate(dampings)}
         self.lowest = torch.cat([s[2] for s in solved])
-        self._check_sign(shifts)
+        self._check_sign(shifts, mean)
         r = torch.cat([s[0] for s in solved], dim=1)
         parts = zip(self.train, r.split(sizes, dim=2), strict=True)
         by_block = [torch.stack([product(r_d, self.train[b]) for r_d in r_b]) for b, r_b in parts]
         return {d: self.finish(s) for d, s in zip(dampings, torch.stack(by_block).sum(dim=0), strict=True)}
+
+    def products(self, m: int) -> int:
+        """Products with a vector that m queries take, at most."""
+        return self.probes + self.steps * m
 
     def _times(self, x: Float[Tensor, "k D"], matrix: str | None = None) -> Float[Tensor, "k D"]:
         hx = self.product(matrix := matrix or self.matrix, x)
@@ -142,12 +146,12 @@ class CG(OnGradients):
         left = (t[:, -1:] @ y).abs()[:, 0, 0]
         return y[:, :, 0], left.where(failed == 0, math.inf)
 
-    def _check_sign(self, shifts: Sequence[float]) -> None:
+    def _check_sign(self, shifts: Sequence[float], mean: float) -> None:
         low = float(self.lowest.min()) if self.lowest is not None and len(self.lowest) else 0.0
         if low + min(shifts) <= 0:
             raise self._error(
                 f"H + λI is not positive definite: H has negative curvature, {low:.3g}, and λ is {min(shifts):.3g}. "
-                "Use minres, matrix=gauss-newton, or more damping."
+                f"Use minres, matrix=gauss-newton, or a damping above {-low / mean:.2g}."
             )
 
 
@@ -171,12 +175,13 @@ class MinRes(CG):
         y = torch.linalg.pinv(tall) @ one
         return y[:, :, 0], (tall @ y - one)[:, :, 0].norm(dim=1)
 
-    def _check_sign(self, shifts: Sequence[float]) -> None:
+    def _check_sign(self, shifts: Sequence[float], mean: float) -> None:
         assert self.lowest is not None
         if negative := int((self.lowest + min(shifts) < 0).sum()):
             warnings.warn(
                 f"minres: H + λI has negative curvature along {negative} of {len(self.lowest)} queries "
-                f"(Ritz values down to {float(self.lowest.min()):.3g}, λ from {min(shifts):.3g}).",
+                f"(Ritz values down to {float(self.lowest.min()):.3g}, λ from {min(shifts):.3g}; "
+                f"none with a damping above {-float(self.lowest.min()) / mean:.2g}).",
                 stacklevel=4,
             )
 

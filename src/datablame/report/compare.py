@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from datablame import __version__
 from datablame.comparing import Agreement, Comparison, Row
+from datablame.diagnostics import top_size
 from datablame.report.figures import SCALES, plotly_text, script_safe
 from datablame.report.html import environment, flat
 
@@ -33,7 +34,8 @@ def context(comparison: Comparison) -> dict[str, Any]:
         "comparison": comparison,
         "version": __version__,
         "methods": {m: [cells(r) for r in comparison.rows if r.method == m] for m in names(comparison)},
-        "headings": HEADINGS,
+        "headings": headings(len(comparison.train)),
+        "top": top_size(len(comparison.train)),
         "shown": SHOWN,
         "dampings": [f"{d:g}" for d in comparison.dampings],
         "map": agreement_map(comparison.agreement),
@@ -48,14 +50,16 @@ def names(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys(r.method for r in comparison.rows))
 
 
-HEADINGS = ("damping", "seconds", "Spearman", "top 10", "error", "error scaled", "residual")
+def headings(rows: int) -> list[str]:
+    """Of a table over so many training rows."""
+    return ["damping", "seconds", "Spearman", f"top {top_size(rows)}", "error", "error scaled", "residual"]
 
 
 def cells(row: Row) -> list[str]:
-    """One row in print, under HEADINGS; the last cell is why the method failed, or empty. – = no such number."""
+    """One row in print, under `headings`; the last cell is why the method failed, or empty. – = no such number."""
     seconds = "–" if row.seconds is None else f"{row.seconds:.3g}"
     rho = "–" if row.spearman is None else f"{row.spearman:.3f}"
-    top = "–" if row.top10 is None else f"{row.top10:.0%}"
+    top = "–" if row.top is None else f"{row.top:.0%}"
     errors = ["–" if x is None else f"{x:.2g}" for x in (row.raw, row.scaled, row.residual)]
     return [f"{row.damping:g}", seconds, rho, top, *errors, row.error or ""]
 
@@ -67,13 +71,13 @@ def agreement_map(agreement: list[Agreement]) -> str:
         labels = [plotly_text(m, 48) for m in a.methods]
         figure.add_heatmap(
             z=np.array(a.spearman, dtype=float).reshape(len(labels), len(labels)),
-            customdata=np.array(a.top10, dtype=float).reshape(len(labels), len(labels)),
+            customdata=np.array(a.top, dtype=float).reshape(len(labels), len(labels)),
             x=labels,
             y=labels,
             visible=i == 0,
             coloraxis="coloraxis",
             texttemplate="%{z:.2f}",
-            hovertemplate="%{y}<br>%{x}<br>Spearman %{z:.3f}<br>shared top 10 %{customdata:.0%}<extra></extra>",
+            hovertemplate="%{y}<br>%{x}<br>Spearman %{z:.3f}<br>shared top rows %{customdata:.0%}<extra></extra>",
         )
     axis = {"type": "category", "ticks": "", "showgrid": False, "zeroline": False, "fixedrange": True}
     axis |= {"automargin": True, "dtick": 1}

@@ -152,6 +152,7 @@ def context(scores: Scores, k: int) -> dict[str, Any]:
         "queries": list(_queries(scores, k, lowest)),
         "map": score_map(scores, k, lowest),
         "agreement": _agreement(scores),
+        "top_rows": diagnostics.top_size(len(scores.train)),
         "settings": list(flat({a: b for a, b in scores.settings.items() if a != "command"})),
         "command": _command(scores.settings.get("command")),
         "plotly": get_plotlyjs(),
@@ -196,7 +197,7 @@ def _numbers(findings: Sequence[Finding]) -> list[tuple[str, str, str]]:
 
 
 def _agreement(scores: Scores) -> list[tuple[str, list[tuple[str, str, float]]]]:
-    """Per method: (rank correlation, overlap of the top 10, colour from -1 to 1) with every method."""
+    """Per method: (rank correlation, overlap of the top rows, colour from -1 to 1) with every method."""
     names = scores.methods if len(scores.methods) > 1 else []
     table: dict[tuple[str, str], tuple[str, str, float]] = {}
     for i, a in enumerate(names):
