@@ -70,6 +70,30 @@ def test_exact_equals_the_joint_dense_matrix(name: str, damping: float, form: st
     assert error(got, want) < tolerance(damping)
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("relatif", [None, "l"])
+def test_damping_by_rank_is_over_the_eigenvalues_that_can_be_above_zero(
+    name: str, damping: float, relatif: str | None
+) -> None:
+    train, query = case(name)
+    blocks = {b: g for b, g in train.items() if g.any()}
+    by_block, joint = 0.0, 0.0
+    for b, g in train.items():
+        alone = {"train": {b: g}, "query": {b: query[b]}}
+        by_block = by_block + quiet("exact-block", *alone.values(), damping=damping * g.shape[1] / min(g.shape))
+    d, n = sum(g.shape[1] for g in blocks.values()), len(next(iter(train.values())))
+    joint = quiet("exact", train, query, damping=damping * d / min(n, d), relatif=relatif)
+    assert error(quiet("exact", train, query, damping=damping, unit="rank", relatif=relatif), joint) < 1e-10
+    got = quiet("exact-block", train, query, damping=damping, unit="rank")
+    assert error(got, by_block) < 1e-10
+    assert error(quiet("lissa", train, query, damping=damping, unit="rank", steps=math.inf), got) < 1e-8
+    # The mean of those eigenvalues, as the dense matrix has them.
+    g = blocks[next(iter(blocks))]
+    values = torch.linalg.eigvalsh(g.T @ g / n).flip(0)[: min(g.shape)]
+    assert float(values.mean()) == pytest.approx(oracles.mean_eigenvalue(g) * g.shape[1] / min(g.shape))
+
+
 def test_exact_is_the_formula_of_the_design() -> None:
     """`n Q̃ (K̃ + nI)⁻¹` with `K̃ = Σ K/λ_b`, and for one block the same as exact-block."""
     train, query = case("mixed")

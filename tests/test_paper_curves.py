@@ -128,6 +128,8 @@ def test_figure4_asks_for_runs_that_the_benchmark_has() -> None:
         "lissa:protocol=paper,steps=10,damping=0.1@padded",
         "exact-block:damping=0.1@padded",
         "exact-block:damping=0.1@response",
+        "exact-block:damping=1.0,unit=rank@padded",
+        "exact-block:damping=1.0,unit=rank@response",
         "exact:damping=0.1@response",
         "repsim:layer=last,text=prompt",
         "bm25:text=both",

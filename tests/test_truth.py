@@ -254,7 +254,7 @@ def test_the_fingerprint_is_of_all_that_decides(monkeypatch: pytest.MonkeyPatch)
 def test_what_is_removed_by_default_compares_masks_and_is_affordable() -> None:
     assert len(truth.REMOVED) <= 8
     assert set(truth.REMOVED) <= set(runs("all"))
-    for method in ("gradcos", "exact:damping=0.1"):
+    for method in ("gradcos", "exact:damping=1.0,unit=rank"):
         assert {f"{method}@response", f"{method}@all"} <= set(truth.REMOVED)
     methods = {r.partition("@")[0].partition(":")[0] for r in truth.REMOVED}
     assert methods == {"graddot", "gradcos", "datainf", "exact", "repsim", "bm25"}

@@ -113,9 +113,9 @@ def audit(index: FeatureStore | str | Path, *, by: str = "self_influence", dampi
 
     by: `self_influence`, `gradient_norm`, `loss` or `drop`, highest first. No model is loaded.
 
-    damping: of the self-influence `g (GᵀG/n + λI)⁻¹ g`, λ over the mean of the min(n, D) eigenvalues that can be above
-    0, block by block as in `exact`, whose own damping is over the mean of all D: there n rows of D ≫ n numbers leave
-    nothing but λ in most directions, and every row has n. At damping 1, n rows share at most n²/2, since the mean of
+    damping: of the self-influence `g (GᵀG/n + λI)⁻¹ g`, over the mean of the min(n, D) eigenvalues that can be above 0,
+    as in `exact` with `unit=rank`. Over the mean of all D, n rows of D ≫ n numbers leave nothing but λ in most
+    directions, and every row has n. At damping 1, n rows share at most n²/2, since the mean of
     `σ/(σ + λ)` is at most a half.
 
     Raises UserError for an index without gradients, or one without a base model where `by` is `drop`.
@@ -126,10 +126,7 @@ def audit(index: FeatureStore | str | Path, *, by: str = "self_influence", dampi
     gradients = store.features("gradients")
     if not gradients:
         raise UserError(f"{store.path}: holds no gradients, so no row has influence. Index with --adapter or --blocks.")
-    exact: Any = create("exact", damping=damping).fit(gradients)
-    # Blocks of zero gradients add nothing to exact, and no eigenvalue.
-    width = max(sum(x.shape[1] for b in gradients if (x := gradients[b]).any()), 1)
-    exact.damping *= width / min(len(store), width)
+    exact: Any = create("exact", damping=damping, unit="rank").fit(gradients)
     norms = create("gradnorm").fit(gradients).score({b: gradients[b][:1] for b in gradients})[0]
     tokens = store.read("length")[:, 0].double().numpy()
     loss = store.read("loss")[:, 0].double().numpy() / tokens

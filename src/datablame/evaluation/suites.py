@@ -22,10 +22,12 @@ PAPER = (
     "datainf:damping=0.1@padded",
     "lissa:protocol=paper,steps=10,damping=0.1@padded",
     "exact-block:damping=0.1@padded",
+    "exact-block:damping=1.0,unit=rank@padded",
     "gradcos@padded",
     "repsim:layer=last,text=prompt",
 )
-"""The released code's methods and its λ on its loss; below them the exact solution and the cosine on the same loss."""
+"""The released code's methods and its λ on its loss; below them the exact solution, with that λ and with one as
+large as the curvature is where there is any, and the cosine on the same loss."""
 
 SIDES = ("response", "prompt", "all")
 BY_SIDE = (
@@ -39,7 +41,9 @@ BY_SIDE = (
     "exact-block:damping=0.1",
     "exact:damping=0.1",
     "exact:damping=0.1,center=1,relatif=l",
-    "exact:damping=10.0",
+    "exact-block:damping=1.0,unit=rank",
+    "exact:damping=1.0,unit=rank",
+    "exact:damping=1.0,unit=rank,center=1,relatif=l",
 )
 SOUND = (
     *(f"{method}@{side}" for method in BY_SIDE for side in SIDES),
@@ -113,10 +117,11 @@ LADDER = (
     ("centred", "gradcos:over=row,center=1@response"),
     ("Adam-scaled", "adamdot:center=1,relatif=l@response"),
     ("exact inverse in place of Adam's scale", "exact:damping=0.1,center=1,relatif=l@response"),
+    ("λ over the eigenvalues that can be above 0", "exact:damping=1.0,unit=rank,center=1,relatif=l@response"),
 )
 """From the paper's gradient similarity to the sound protocol, one step at a time, on rows rendered as in the fine-tune.
 
-The last two divide by the training row's length in their own metric (ℓ-RelatIF). A cosine divides by the query's too,
+The last three divide by the training row's length in their own metric (ℓ-RelatIF). A cosine divides by the query's too,
 which changes no ranking.
 """
 REPSIM_LADDER = (
@@ -133,7 +138,9 @@ HEADLINE = (
     ("dot product, padding out of the loss", "graddot@all"),
     ("prompt out of the loss too", "graddot@response"),
     ("cosine, on the response's loss", "gradcos:over=row@response"),
-    ("exact inverse, centred", "exact:damping=0.1,center=1,relatif=l@response"),
+    ("exact inverse, padding out of the loss", "exact:damping=0.1@all"),
+    ("the same, λ as large as the curvature", "exact:damping=1.0,unit=rank@all"),
+    ("the same, prompt out of the loss too", "exact:damping=1.0,unit=rank@response"),
     ("RepSim, as released", "repsim:layer=last,text=prompt"),
     ("RepSim, middle layer, mean over the response", "repsim:layer=middle,text=response"),
     ("BM25", "bm25:text=both"),
@@ -150,7 +157,8 @@ EXACTNESS = tuple(
         ("LiSSA, 10 steps", "lissa:steps=10,damping=0.1"),
         ("solved, by block", "exact-block:damping=0.1"),
         ("solved, over all blocks", "exact:damping=0.1"),
-        ("the same, more damping", "exact:damping=10.0"),
+        ("by block, λ as large as the curvature", "exact-block:damping=1.0,unit=rank"),
+        ("over all blocks, λ as large as the curvature", "exact:damping=1.0,unit=rank"),
     )
 )
 """From no inverse at all to the exact one, on the loss with and without the prompt."""
@@ -168,7 +176,7 @@ FIGURE = (
     "lissa:protocol=paper,steps=10,damping=0.1@padded",
     "repsim:layer=last,text=prompt",
     "gradcos@response",
-    "exact:damping=0.1@response",
+    "exact:damping=1.0,unit=rank@response",
     "repsim:layer=middle,text=response",
 )
 """Runs whose scores are drawn, as in the paper's Figures 1 and 2; the first four are the paper's own."""

@@ -166,7 +166,7 @@ BESIDE_COSTLY = (
     "graddot@response",
     "gradcos:over=row@response",
     "datainf:damping=0.1@response",
-    "exact:damping=0.1@response",
+    "exact:damping=1.0,unit=rank@response",
     "repsim:layer=middle,text=response",
 )
 """What a table of costly methods shows beside them."""

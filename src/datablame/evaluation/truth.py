@@ -49,8 +49,8 @@ REMOVED = (
     "gradcos@response",
     "gradcos@all",
     "datainf:damping=0.1@response",
-    "exact:damping=0.1@response",
-    "exact:damping=0.1@all",
+    "exact:damping=1.0,unit=rank@response",
+    "exact:damping=1.0,unit=rank@all",
     REFERENCES["R"],
     REFERENCES["B"],
 )

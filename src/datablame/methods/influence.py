@@ -101,19 +101,29 @@ class ExactBlock(Damped):
 
     form: `dual` works in `[n, n]`, `primal` in `[D, D]`, `auto` in the smaller. damping, relatif: see Damped;
     center, aggregate, gauge: see GradientMethod.
+    unit: what damping is relative to. `mean`: the mean of all D eigenvalues, of which n rows leave at most n above 0,
+        so that with D ≫ n a damping below D/n damps next to nothing. `rank`: the mean of the min(n, D) that can be
+        above 0, the same strength whatever the size.
     """
 
     form: Form = "auto"
+    unit: Literal["mean", "rank"] = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("form", ("auto", "dual", "primal"))
+        self._one_of("unit", ("mean", "rank"))
+
+    def in_means(self, n: int, d: int) -> float:
+        """The unit of damping for n rows of d numbers, in mean eigenvalues."""
+        return d / min(n, d) if self.unit == "rank" else 1.0
 
     def _parts(
         self, block: str, g: Float[Tensor, "n D"], v: Float[Tensor, "m D"], dampings: Sequence[float]
     ) -> list[Part]:
         s = decompose(g, v, self.form)
-        inverses = [1 / (s.sigma + damping * s.mean) for damping in dampings]
+        unit = s.mean * self.in_means(*g.shape)
+        inverses = [1 / (s.sigma + damping * unit) for damping in dampings]
         return [(s.scores(f), s.norms(f, self.relatif)) for f in inverses]
 
 
@@ -130,8 +140,8 @@ class Exact(ExactBlock):
         n Q̃ (K̃ + nI)⁻¹ = n (Q₀/damping) (K₀/damping + nI)⁻¹ = n Q₀ (K₀ + n · damping · I)⁻¹.
 
     So the joint solution is `exact-block` on one block of rows whose columns are scaled by `1/√μ_b`, its mean
-    eigenvalue 1. In these coordinates the norm of θ-RelatIF is `‖H⁻¹g_i‖² = (A K₂ A)_ii`, `K₂ = Σ K/μ_b²`,
-    `A = n (K₀ + n · damping · I)⁻¹`.
+    eigenvalue 1, its D that of all blocks together (of those that are not zero). In these coordinates the norm of
+    θ-RelatIF is `‖H⁻¹g_i‖² = (A K₂ A)_ii`, `K₂ = Σ K/μ_b²`, `A = n (K₀ + n · damping · I)⁻¹`.
 
     Memory: two or three `[n, n]` in float64 and one block. Options as in exact-block; there is no `aggregate`.
     """
@@ -145,34 +155,36 @@ class Exact(ExactBlock):
         """`{damping: [m, n]}` for several dampings, from one factorisation."""
         for damping in dampings:
             self._check_damping(damping)
-        s = self._joint(query)
+        s, unit = self._joint(query)
         out = {}
         for damping in dampings:
             total = Total("sum")
-            f = 1 / (s.sigma + damping)
+            f = 1 / (s.sigma + damping * unit)
             total.add(s.scores(f), s.norms(f, self.relatif))
             out[damping] = self.finish(total.result())
         return out
 
     def self_influence(self) -> Float[Tensor, " n"]:
         """`g_i H⁻¹ g_i` of every training row, in float64: between 0 and n."""
-        s = self._joint({block: self.train[block][:0] for block in self.train})
-        norms = s.norms(1 / (s.sigma + self.damping), "l")
+        s, unit = self._joint({block: self.train[block][:0] for block in self.train})
+        norms = s.norms(1 / (s.sigma + self.damping * unit), "l")
         assert norms is not None
         return norms
 
-    def _joint(self, query: Blocks) -> Spectrum:
-        """The spectrum of the scaled rows: primal while they are shorter than n, dual from then on."""
-        joint, empty = _Joint(self.form), []
+    def _joint(self, query: Blocks) -> tuple[Spectrum, float]:
+        """The spectrum of the scaled rows, primal while they are shorter than n, dual from then on; damping's unit."""
+        joint, empty, n, d = _Joint(self.form), [], 1, 0
         for block, g, v in self.pairs(query):
             mean = float(squares(g).sum()) / g.numel()
             if mean == 0:
                 empty.append(block)
                 # One column of zeros: nothing is added, and blocks that are all empty still give scores.
                 g, v, mean = g[:, :1], v[:, :1], 1.0
+            else:
+                n, d = len(g), d + g.shape[1]
             joint.add(g, v, mean)
         self._warn(empty)
-        return joint.spectrum(theta=self.relatif == "theta")
+        return joint.spectrum(theta=self.relatif == "theta"), self.in_means(n, max(d, 1))
 
 
 class _Joint:

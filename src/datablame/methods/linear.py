@@ -82,16 +82,27 @@ def _applied(method: Any, train: Blocks, x: Blocks) -> tuple[dict[str, Tensor], 
     plain = method if type(method) is GradCos else replace(method, relatif=None)
     scores = plain.fit(train).score(x) if type(method) is Exact else None
     out, lengths, longest = {}, {}, {}
+    width = 0
+    if type(method) is Exact and method.unit == "rank":  # of all blocks that are not empty, see Exact
+        width = sum(g.shape[1] for _, g, _ in method.fit(train).pairs(x) if squares(g).any())
     for block, g, v in method.fit(train).pairs(x):
         if type(method) is ExactBlock:
             scores = plain.fit({block: train[block]}).score({block: x[block]})
-        out[block] = v.double() if type(method) in (GradDot, GradCos) else _inverse(method.damping, g, v, scores)
+        if type(method) in (GradDot, GradCos):
+            out[block] = v.double()
+        else:
+            out[block] = _inverse(method.damping * _unit(method, g, width), g, v, scores)
         lengths[block] = squares(v)
         longest[block] = squares(g).max().sqrt()
     if type(method) is GradCos and method.over == "block":
         noise = rounding({b: q.sqrt() for b, q in lengths.items()}, longest, method.eps)
         lengths = {b: q.masked_fill(noise[b], 0) for b, q in lengths.items()}
     return out, lengths
+
+
+def _unit(method: Any, g: Float[Tensor, "n D"], width: int) -> float:
+    """Of the method's damping, in mean eigenvalues of the block. width: of all blocks together, for `exact`."""
+    return method.in_means(len(g), width or g.shape[1]) if isinstance(method, ExactBlock) else 1.0
 
 
 def _inverse(

@@ -36,7 +36,7 @@ class LiSSA(ExactBlock):
         α σ > 2 diverges, and is refused.
     protocol: `paper` is what the paper's released code does, `r ← v + r − (1/(1000 n)) Σ_i [(g_i·r) g_i − λ r]` and
         `r Gᵀ` not rescaled: the step is 1/1000 and the sign of λ is wrong. See protocol.md.
-    form, damping, relatif, center, aggregate, gauge: as in exact-block.
+    form, damping, unit, relatif, center, aggregate, gauge: as in exact-block.
 
     After `score` or `sweep`, `residual[damping]` is `[m, blocks]`: `‖αHr − v‖/‖v‖ = ‖(I − αH)^(k+1) v‖/‖v‖` of each
     query in each block, in whole weights: the part of v that no training gradient spans, which meets no training
@@ -59,6 +59,8 @@ class LiSSA(ExactBlock):
             raise self._error(f"alpha={self.alpha!r}; use a number above 0, or leave it out.")
         if self.protocol == "paper" and self.alpha is not None:
             raise self._error("protocol=paper fixes alpha at 1/1000; leave alpha out.")
+        if self.protocol == "paper" and self.unit != "mean":
+            raise self._error("protocol=paper has its own λ, over the mean of all eigenvalues; leave unit out.")
         if self.protocol == "paper" and self.steps == math.inf:
             raise self._error("protocol=paper never converges (its sign of λ is wrong); give a number of steps.")
 
@@ -84,7 +86,7 @@ class LiSSA(ExactBlock):
         solver = _Recursion(g, v, is_primal(self.form, n, d)) if few else _Closed(decompose(g, v, self.form))
         parts: list[Part] = []
         for damping in dampings:
-            lam = damping * solver.mean * (-1 if self.protocol == "paper" else 1)
+            lam = damping * solver.mean * self.in_means(n, d) * (-1 if self.protocol == "paper" else 1)
             alpha = self._alpha(block, solver, lam)
             scale = 1.0 if self.protocol == "paper" else alpha
             s, norms, residual = solver.run(alpha, lam, self.steps, scale, self.relatif)

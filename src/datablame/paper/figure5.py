@@ -35,7 +35,7 @@ METHODS = {
     "GradSim": ("graddot@padded", "graddot@response"),
     "cosine": ("gradcos@padded", "gradcos@response"),
     "exact": ("exact-block:damping=0.1@padded", "exact-block:damping=0.1@response"),
-    "joint": ("exact:damping=0.1@padded", "exact:damping=0.1@response"),
+    "damped": ("exact:damping=1.0,unit=rank@padded", "exact:damping=1.0,unit=rank@response"),
     "RepSim": ("repsim:layer=last,text=prompt", "repsim:layer=middle,text=response"),
 }
 """name -> its run under each of VIEWS; RepSim sees no loss: as released, and in the middle layer over the response."""
@@ -236,8 +236,9 @@ NOTES = (
     "does, and whether the same lines look alike under the response's loss. Bars: 95 % intervals over queries.",
     "padded: the paper's loss, 128 tokens of which all are labelled; RepSim as released. response: the loss that was "
     "trained; RepSim in the middle layer over the response. The fine-tune is one and the same. GradSim: the dot "
-    "product of gradients. exact: the damped solution by block; joint: over all blocks at once. loss: nats a response "
-    "token, over the training rows and over the queries' reference responses.",
+    "product of gradients. exact: the solution by block with the paper's λ; damped: over all blocks at once, λ as "
+    "large as the curvature is on average where there is any. loss: nats a response token, over the training rows and "
+    "over the queries' reference responses.",
     "ρ: Spearman's correlation of the values with the falling training loss over the checkpoints; above 0, better "
     "as the loss falls. There are few of them and they are of one fine-tune, so ρ has no p-value and is often large by "
     "accident. last − first: *, significant at 5 % after Holm's correction over the figure, a test over queries.",
@@ -305,7 +306,7 @@ STYLES = {
     "GradSim": Style("GradSim", "orange", "dash", "square"),
     "cosine": Style("cosine", "blue", "solid", "diamond"),
     "exact": Style("exact", "sky", "dash", "triangle-up"),
-    "joint": Style("joint", "purple", "dot", "triangle-down"),
+    "damped": Style("damped", "purple", "dot", "triangle-down"),
     "RepSim": Style("RepSim", "green", "solid", "x"),
 }
 CONTROL = Style("BM25", "grey", "dashdot"), Style("chance", "grey", "dot")

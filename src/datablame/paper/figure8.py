@@ -41,7 +41,7 @@ METHODS = {
         "cosine": "gradcos@response",
         "DataInf": "datainf:damping=0.1@response",
         "LiSSA": "lissa:steps=10,damping=0.1@response",
-        "exact": "exact:damping=0.1@response",
+        "exact": "exact:damping=1.0,unit=rank@response",
         "RepSim": "repsim:layer=middle,text=response",
     },
 }
