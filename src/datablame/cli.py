@@ -15,6 +15,7 @@ from datablame.cache_command import app as cache
 from datablame.errors import UserError, printable
 from datablame.evaluation import evaluate_command
 from datablame.evaluation.commands import app as bench
+from datablame.extras import BUILTIN as EXTRAS
 from datablame.paper.commands import app as paper
 from datablame.unroll_command import unroll
 
@@ -124,7 +125,10 @@ def index(
         str | None, typer.Option(help="Gradients at checkpoints of the adapter's training too: all, or steps.")
     ] = None,
     extras: Annotated[
-        str | None, typer.Option(help="Features that cost passes of their own, such as sampled:draws=2.")
+        str | None,
+        typer.Option(
+            help=f"Features with passes of their own, as in kfac,sampled:draws=2. All: {', '.join(EXTRAS)}."
+        ),
     ] = None,
     preview: Annotated[
         int, typer.Option(min=0, help="Print so many rendered rows, labelled tokens marked, and stop.")
@@ -170,7 +174,9 @@ def index(
     )
     blocks_kept = len(store.features("gradients"))
     gradients = f"gradients of {blocks_kept} blocks" if blocks_kept else "no gradients (no --adapter or --blocks)"
-    typer.echo(f"{out}: {len(store)} rows, {gradients}, hidden states")
+    steps = len(store.settings["checkpoints"])
+    parts = [gradients, *([f"the same at {steps} checkpoints"] if steps else []), "hidden states"]
+    typer.echo(f"{out}: {len(store)} rows, {', '.join([*parts, *store.settings['extras']])}")
     return None
 
 

@@ -109,6 +109,7 @@ def index(
     out, options = Path(out), capture or CaptureOptions()
     if options.batch_tokens < 1:
         raise UserError(f"--batch-tokens {options.batch_tokens}: at least 1.")
+    parse_list(options.extras)  # a wrong name is told before anything is loaded
     examples = load_examples(train, columns)
     loaded = load(ModelSpec(str(model), None if adapter is None else str(adapter), device, dtype))
     encoder = Encoding(loaded.tokenizer, encoding or recorded_encoding(adapter), loaded.max_length)

@@ -121,6 +121,12 @@ def _listed(tokenizer: PreTrainedTokenizerBase, row: Encoded, values: Float[Tens
     return list(zip(pieces(tokenizer, row.input_ids), values.tolist(), strict=True))
 
 
+def apart_note(methods: Mapping[str, Method]) -> str | None:
+    """One sentence on the methods whose scores were not taken apart; None where all were."""
+    left = [spec for spec, m in methods.items() if not is_linear(m)]
+    return f"Not taken apart by tokens, being no sums over them: {', '.join(left)}." if left else None
+
+
 def gap_note(scores: Scores) -> str | None:
     """One sentence where token scores do not sum to their score, and by how much; None where all do."""
     worst = 0.0

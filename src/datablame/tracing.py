@@ -25,7 +25,7 @@ from datablame.methods.gauge import Balanced
 from datablame.models import Loaded, ModelSpec, answer, load
 from datablame.scores import SAME_ANSWER, Scores
 from datablame.store import FeatureStore
-from datablame.tokens import check_linear, gap_note, token_scores
+from datablame.tokens import apart_note, check_linear, gap_note, token_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +97,7 @@ def trace(
     if tokens:
         found = token_scores(scores, chosen, store, captured, loaded, encoder, tokens, reporter)
         scores = replace(scores, tokens=found)
-        notes += filter(None, [gap_note(scores)])
+        notes += filter(None, [apart_note(chosen), gap_note(scores)])
     return scores
 
 
