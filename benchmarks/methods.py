@@ -2,11 +2,11 @@
 
     python benchmarks/methods.py --work methods-work --json benchmarks/results/methods.json
 
-The demo's rows, adapter and questions (answers as in results/demo.json), every method with its own default options
-unless SPECS below says otherwise. Features are captured once: the index that every command makes, and beside it an
-index of each extra's features alone, so that an extra's cost is its own. Each capture and each method runs in a process
-of its own, whose peak memory is told. What is finished is kept in --work: run the command again to go on. The JSON is
-written after every piece.
+The demo's rows, adapter and questions (answers as in results/demo.json), every method with its own default options, and
+the exact solutions once more with other damping (VARIANTS). Features are captured once: the index that every command
+makes, and beside it an index of each extra's features alone, so that an extra's cost is its own. Each capture and each
+method runs in a process of its own, whose peak memory is told. What is finished is kept in --work: run the command
+again to go on. The JSON is written after every piece.
 
 `--rows 60` keeps the 24 planted rows and draws the others. Methods that multiply by the curvature of the live model
 (cg, minres) run on SUBSET_ROWS rows, the planted queries and the weights of SUBSET_BLOCKS, with `exact` and
@@ -65,6 +65,7 @@ SERVES = {
     "daunce": ["daunce"],
     "bif": ["bif"],
 }
+VARIANTS = methods_summary.VARIANTS
 SUBSET_ROWS, SUBSET_BLOCKS, SUBSET_BATCH = 32, "layers.2[5-9].*", 512
 SUBSET = {
     "exact": "exact:damping=100",
@@ -237,12 +238,13 @@ def score(work: Path, name: str) -> dict[str, Any]:
     store: Any = Joined(work)
     queries = load_examples(work / "queries.jsonl")
     inputs = Inputs(store, queries, query_features(work))
-    method: Any = registry.create(name)
+    spec = VARIANTS.get(name, name)
+    method: Any = registry.parse(spec)
     try:
         check_available(name, method, store)
     except UserError:
-        return {"spec": name, "not_run": f"needs {registry.NEEDS[method.needs]}; the demo's adapter has none"}
-    return _scored(work, f"scores-{name}", name, method, lambda: inputs.score(method))
+        return {"spec": spec, "not_run": f"needs {registry.NEEDS[method.needs]}; the demo's adapter has none"}
+    return _scored(work, f"scores-{name}", spec, method, lambda: inputs.score(method))
 
 
 def subset(work: Path, name: str) -> dict[str, Any]:
@@ -329,7 +331,7 @@ def pieces() -> list[str]:
     """In this order: the cheap ones first, so that a run that is cut off is of use."""
     served = {m for methods in SERVES.values() for m in methods}
     out = ["capture-base"]
-    out += [f"scores-{n}" for n in registry.BUILTIN if n not in served and n not in ON_SUBSET]
+    out += [f"scores-{n}" for n in (*registry.BUILTIN, *VARIANTS) if n not in served and n not in ON_SUBSET]
     for extra, methods in SERVES.items():
         if extra == "daunce":
             out += [f"subset-{n}" for n in SUBSET]

@@ -15,10 +15,12 @@ from datablame.comparing import relative_errors
 from datablame.demo import PLANTED, QUERIES
 from datablame.diagnostics import CONTROLS, query_independent_share, rank_correlation, top_overlap, top_size
 from datablame.examples import Example, load_examples
-from datablame.methods import BUILTIN, create
+from datablame.methods import BUILTIN, parse
 from datablame.methods.blockwise import OnGradients
 
 DEMO = Path(__file__).resolve().parent / "results" / "demo.json"
+VARIANTS = {"exact-damped": "exact:damping=1,unit=rank", "exact-block-damped": "exact-block:damping=1,unit=rank"}
+"""With λ as large as the curvature is on average where there is any."""
 UNROLL = "unrolled-unroll"
 PLANTED_QUERIES = {id_: label for id_, _, label in QUERIES if label in PLANTED}
 
@@ -28,7 +30,7 @@ def write(path: Path, work: Path, rows: int, pieces: list[str], serves: dict[str
     done = {p: json.loads((work / f"{p}.json").read_text(encoding="utf-8")) for p in pieces if _there(work, p)}
     examples, queries = load_examples(work / "rows.jsonl"), load_examples(work / "queries.jsonl")
     labels = [e.label for e in examples]
-    methods = {n: done[f"scores-{n}"] for n in BUILTIN if f"scores-{n}" in done}
+    methods = {n: done[f"scores-{n}"] for n in (*BUILTIN, *VARIANTS) if f"scores-{n}" in done}
     ran = {n: m for n, m in methods.items() if "not_run" not in m}
     scores = {n: np.load(work / f"scores-{n}.npy") for n in ran}
     asked = [str(q.id) for q in queries]
@@ -103,7 +105,11 @@ def _unrolled(work: Path, name: str, scores: Any, asked: list[str]) -> dict[str,
 
 def agreement(name: str, s: Any, e: Any) -> dict[str, float | None]:
     """As `datablame compare`; no errors for methods that are not made of gradients."""
-    scaled = relative_errors(s, e)[1] if isinstance(create(name), OnGradients) and name not in CONTROLS else None
+    scaled = (
+        relative_errors(s, e)[1]
+        if isinstance(parse(VARIANTS.get(name, name)), OnGradients) and name not in CONTROLS
+        else None
+    )
     return {
         "spearman": _rounded(rank_correlation(s, e)),
         "top10": round(top_overlap(s, e), 3),

@@ -14,7 +14,7 @@ def methods(r: dict[str, Any]) -> str:
     rows = [[*heads, "planted rows found", "one ranking for all"]]
     for name, m in r["methods"].items():
         low, high = m["interval95"]
-        told = [f"`{name}`" + ("" if m["spec"] == name else f" (`{m['spec']}`)"), f"{m['cpu_seconds']:.1f}"]
+        told = [f"`{m['spec']}`", f"{m['cpu_seconds']:.1f}"]
         told += [f"{m['peak_memory_gb']:.2f}", extra_of.get(name, "")]
         found = f"{m['recall']:.2f} ({low:.2f} to {high:.2f})"
         reference = _two(m["unrolled"]["spearman"]) if "unrolled" in m else ""
@@ -33,7 +33,7 @@ def unrolled(r: dict[str, Any]) -> str:
     u = r["unroll"]
     heads = [f"Spearman with `unroll`, {len(u['queries'])} queries", "top 10 shared", "error after the best factor"]
     rows = [["method", *heads]]
-    beside = {name: m["unrolled"] for name, m in r["methods"].items()}
+    beside = {m["spec"]: m["unrolled"] for m in r["methods"].values()}
     for name, x in sorted(beside.items(), key=lambda item: -(item[1]["spearman"] or 0)):
         rows.append([f"`{name}`", *(_two(x[k]) for k in ("spearman", "top10", "scaled"))])
     found = ", ".join(f"{n} of 12 for `{q}`" for q, n in u["found_of_12"].items())
@@ -62,7 +62,7 @@ def captures(r: dict[str, Any]) -> str:
     rows = [[*heads, "peak GB"]]
     for c in r["captures"].values():
         what = f"`--extras {c['spec']}`" if c["spec"] else "the index"
-        served = ", ".join(f"`{m}`" for m in c["serves"]) or "all others"
+        served = ", ".join(f"`{m}`" for m in c["serves"]) or "methods that need no extra"
         numbers = [f"{c['passes']:.1f}", f"{c['forward_passes']:.1f}", f"{c['cpu_seconds']:.0f}"]
         size = [f"{c['bytes_a_row'] / 1e3:,.1f}", f"{c['mb_once']:,.1f}", f"{c['peak_memory_gb']:.1f}"]
         rows.append([what, served, *numbers, *size])

@@ -18,7 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, load_results
-from datablame.evaluation.suites import EXACTNESS
+from datablame.evaluation.suites import DAMPING, EXACTNESS
 from datablame.paper import experiment, module
 from datablame.paper import figure4 as iterations
 from datablame.paper import figure5 as convergence
@@ -228,8 +228,26 @@ def costly(found: dict[str, TaskResults]) -> str:
     return "\n\n".join(there) or "*Not run yet.*"
 
 
+def damping(found: dict[str, TaskResults]) -> str:
+    """What λ does, for the tasks and seeds that have it."""
+    runs = {run for ladder in DAMPING.values() for _, run in ladder}
+    there = {}
+    for task, results in found.items():
+        seeds = [r["seed"] for r in results.results if runs <= set(r["results"]["reference"])]
+        there |= {task: results.of_seeds(seeds)} if seeds else {}
+    if not there:
+        return "*Not run yet.*"
+    tables = [bench_tables.markdown(bench_tables.ladder_rows(there, m, DAMPING)) for m in ("auroc", "accuracy")]
+    return "\n\n".join([*tables, f"Seeds: {'; '.join(f'{t}: {_seeds(r)}' for t, r in there.items())}."])
+
+
+def _seeds(results: TaskResults) -> str:
+    return ", ".join(str(r["seed"]) for r in results.results)
+
+
 BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "learnt": learnt,
+    "damping": damping,
     "costly": costly,
     "headline": lambda found: bench_tables.markdown(bench_tables.headline_rows(found)),
     "exactness": lambda found: bench_tables.markdown(bench_tables.headline_rows(found, told=EXACTNESS)),

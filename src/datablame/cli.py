@@ -126,9 +126,7 @@ def index(
     ] = None,
     extras: Annotated[
         str | None,
-        typer.Option(
-            help=f"Features with passes of their own, as in kfac,sampled:draws=2. All: {', '.join(EXTRAS)}."
-        ),
+        typer.Option(help=f"Features with passes of their own, as in kfac,sampled:draws=2. All: {', '.join(EXTRAS)}."),
     ] = None,
     preview: Annotated[
         int, typer.Option(min=0, help="Print so many rendered rows, labelled tokens marked, and stop.")

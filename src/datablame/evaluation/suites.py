@@ -162,6 +162,17 @@ EXACTNESS = tuple(
     )
 )
 """From no inverse at all to the exact one, on the loss with and without the prompt."""
+DAMPING = {
+    words: (
+        ("cosine, centred", f"gradcos:over=row,center=1@{view}"),
+        ("solved by block, the paper's λ", f"exact-block:damping=0.1@{view}"),
+        ("the same, λ as large as the curvature", f"exact-block:damping=1.0,unit=rank@{view}"),
+        ("solved over all blocks, the paper's λ", f"exact:damping=0.1@{view}"),
+        ("the same, λ as large as the curvature", f"exact:damping=1.0,unit=rank@{view}"),
+    )
+    for view, words in (("all", "prompt and response"), ("response", "response alone"))
+}
+"""What the unit of damping does, beside a cosine."""
 FAMILIES = {
     "harmful data": ("mixed-small", "mixed-large", "mixed-hard"),
     "class": ("harmfulcheck", "grammars", "mathqa"),

@@ -220,9 +220,13 @@ def _percent(results: TaskResults, run: str) -> str:
     return f"{_shown(accuracy, '.0f')} / {100 * results.values(run, 'coverage').mean():.0f}"
 
 
-def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc") -> Rows:
-    """From the paper's protocol to the sound one, a step a row, a task a column."""
-    ladders = {"gradients": LADDER, "hidden states and controls": REPSIM_LADDER}
+Ladders = Mapping[str, Sequence[tuple[str, str]]]
+TO_SOUND: Ladders = {"gradients": LADDER, "hidden states and controls": REPSIM_LADDER}
+"""From the paper's protocol to the sound one."""
+
+
+def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc", ladders: Ladders = TO_SOUND) -> Rows:
+    """Ladders of runs, a step a row, a task a column."""
     rungs = [run for ladder in ladders.values() for _, run in ladder]
     steps = [(a, b) for ladder in ladders.values() for (_, a), (_, b) in pairwise(ladder)]
     tests: dict[tuple[str, str, str], Tested] = {}
