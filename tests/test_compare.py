@@ -230,6 +230,7 @@ def test_dampings() -> None:
         (["--damping", "much"], "separated by commas"),
         (["--method", "datinf"], "Did you mean 'datainf'"),
         (["--method", "datainf:damping=0.2"], "use --damping"),
+        (["--method", "exact:unit=rank"], "leave unit out"),
         (["--method", "lissa:steps=x"], "steps"),
         (["--method", "repsim:text=x"], "text="),
     ],
@@ -265,7 +266,7 @@ def test_the_command_with_its_defaults(
     plain = ("gradients", "hidden", "base-hidden", "texts", "length")  # no checkpoints, no extras
     without_training = [m for m in comparing.DEFAULT_METHODS if parse(m).needs in plain]
     assert methods == without_training  # this adapter has no checkpoints
-    assert data["dampings"] == [1e-3, 1e-2, 1e-1, 1.0]
+    assert data["dampings"] == [0.1, 10.0, 1000.0]
     assert data["settings"]["command"].startswith("datablame compare")
     assert out.count("against exact at the same damping") == 1
     assert "compare.html" in out

@@ -171,6 +171,12 @@ def test_bad_extras(text: str, said: str) -> None:
         extras.parse_list(text)
 
 
+def test_a_wrong_name_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    options = CaptureOptions(extras="kfca")
+    with pytest.raises(UserError, match="--extras 'kfca': unknown. Did you mean 'kfac'"):
+        datablame.index(tmp_path / "no-model", tmp_path / "no-rows.jsonl", tmp_path / "i", capture=options)
+
+
 def test_sums_are_added_over_shards(tmp_path: Path) -> None:
     examples = [from_prompt("a", "b", id=i) for i in range(20)]
     store = FeatureStore.create(tmp_path / "s", {"extras": []}, {"x": 2**21}, examples, "float32")

@@ -222,11 +222,12 @@ def test_products_are_told_and_what_is_not_solved_is_a_note(built: Path, tmp_pat
     specs = ["cg:steps=3,probes=2,damping=1e-3", "cg:steps=3,probes=2,damping=1e5", "minres:steps=2,damping=1e-3"]
     scores = datablame.trace(built, query, methods=specs, reporter=told)
     assert [n.partition(", about")[0] for n in told.notes] == [
-        f"{name}: at most {n} products with a curvature matrix of the model"
-        for name, n in (("cg", 2 + 3 * 2), ("cg", 2 + 3 * 2), ("minres", 8 + 2 * 2))
+        f"{name}: at most {n} passes with a curvature matrix of the model"
+        for name, n in (("cg", 1 + 3), ("cg", 1 + 3), ("minres", 1 + 2))
     ]
-    assert told.totals == [8, 8, 12]
-    assert told.done == [8, 6, 12]  # with much damping two steps are enough
+    assert told.totals == [4, 4, 3]
+    assert told.done == [4, 3, 3]  # with much damping two steps are enough
+    assert create("cg", steps=5).calls(17) == 1 + 5 * 3  # type: ignore[attr-defined]
     notes = " ".join(scores.notes)
     assert f"{specs[0]}: its equation is left with a residual of" in notes
     assert f"{specs[1]}:" not in notes  # so much damping that three steps solve it
@@ -243,18 +244,46 @@ class Told(Reporter):
         self.notes: list[str] = []
         self.totals: list[int] = []
         self.done: list[int] = []
+        self.open = False
 
     def note(self, message: str) -> None:
         self.notes.append(message)
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
-        if unit == "products":
+        self.open = unit == "passes"
+        if self.open:
             self.totals.append(total)
             self.done.append(0)
 
     def advance(self, done: int) -> None:
-        if self.done:
+        if self.open:
             self.done[-1] += done
+
+    def end(self) -> None:
+        self.open = False
+
+
+def test_a_sweep_that_fails_leaves_no_bar_behind(built: Path, tmp_path: Path) -> None:
+    class Bars(Told):
+        live = most = 0
+
+        def start(self, what: str, total: int, unit: str = "tokens") -> None:
+            super().start(what, total, unit)
+            self.live += 1
+            self.most = max(self.most, self.live)
+
+        def end(self) -> None:
+            super().end()
+            self.live = 0
+
+    query, bars = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Say hi.", "response": "Hello"}]), Bars()
+    spec = "cg:matrix=hessian,steps=4,probes=1"  # indefinite at the first two dampings, so that each is tried alone
+    found = datablame.compare(built, query, methods=[spec], dampings=[1e-3, 1e-2, 1e9], reporter=bars)
+    errors = [r.error for r in found.rows]
+    assert errors[2] is None
+    assert errors[0] is not None
+    assert "not positive definite" in errors[0]
+    assert (bars.live, bars.most) == (0, 1)
 
 
 @pytest.mark.parametrize(

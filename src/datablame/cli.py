@@ -241,7 +241,7 @@ def compare(
     query: Annotated[str, typer.Option(help="A file of queries with their responses.")],
     out: Out,
     method: Annotated[str | None, typer.Option(help="Methods, such as datainf,lissa:steps=10,graddot.")] = None,
-    damping: Annotated[str, typer.Option(help="λ over the mean eigenvalue: numbers.")] = "1e-3,1e-2,1e-1,1",
+    damping: Annotated[str, typer.Option(help="λ over the mean eigenvalue: numbers.")] = "0.1,10,1000",
     model: Annotated[str | None, typer.Option(help="Where the index's model is now, if it moved.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Where the index's adapter is now, if it moved.")] = None,
     device: Device = None,

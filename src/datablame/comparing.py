@@ -23,7 +23,16 @@ from datablame.methods import Method
 from datablame.methods.blockwise import OnGradients
 from datablame.scores import check_out
 from datablame.store import FeatureStore
-from datablame.tracing import Inputs, available, capture_queries, check_available, encoder_of, load_for, product_of
+from datablame.tracing import (
+    Inputs,
+    available,
+    capture_queries,
+    check_available,
+    encoder_of,
+    load_for,
+    product_of,
+    told,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +41,8 @@ if TYPE_CHECKING:
     Matrix = Float[np.ndarray, "m n"]
 
 REFERENCE = "exact"
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-1, 1e1, 1e3)
+"""The paper's λ, and up to where λ is as large as the curvature for weights/rows of a thousand."""
 GRADIENT_METHODS = (
     "exact",
     "exact-block",
@@ -189,11 +199,10 @@ def compare(
         reference = _run(registry.create(REFERENCE), inputs, dampings)
         runs = {}
         for spec, method in chosen.items():
-            runs[spec] = reference if spec == REFERENCE else _run(method, inputs, dampings)
-            reporter.end()
+            runs[spec] = reference if spec == REFERENCE else _run(method, inputs, dampings, reporter)
     if reference.errors:
         raise UserError(f"there is no exact solution to compare with. {next(iter(reference.errors.values()))}")
-    notes = list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
+    notes = told(caught)
     for note in notes:
         reporter.note(note)
     rows = [
@@ -234,8 +243,13 @@ def available_specs(store: FeatureStore) -> list[str]:
 
 def _parsed(spec: str, store: FeatureStore) -> Method:
     method = registry.parse(spec)
-    if any(part.partition("=")[0].strip() == "damping" for part in spec.partition(":")[2].split(",")):
+    options = [part.partition("=")[0].strip() for part in spec.partition(":")[2].split(",")]
+    if "damping" in options:
         raise UserError(f"{spec}: damping is swept for all methods alike; leave it out here and use --damping.")
+    if "unit" in options:
+        raise UserError(
+            f"{spec}: dampings are compared in one unit, mean eigenvalues; leave unit out, and sweep further."
+        )
     check_available(spec, method, store)
     return method
 
@@ -259,14 +273,17 @@ class _Run:
     errors: dict[float, str] = field(default_factory=dict)
 
 
-def _run(method: Any, inputs: Inputs, dampings: Sequence[float]) -> _Run:
+def _run(method: Any, inputs: Inputs, dampings: Sequence[float], reporter: Reporter = SILENT) -> _Run:
     """One sweep, or one run of a method without damping. Where a sweep fails, each damping by itself."""
     run = _Run(damped=hasattr(method, "sweep"))
     start = time.perf_counter()
     for part in (dampings, *([d] for d in dampings)):
         if len(run.scores) + len(run.errors) == len(dampings):
             break
-        _attempt(run, method, inputs, part, last=not run.damped or len(part) == 1)
+        try:
+            _attempt(run, method, inputs, part, last=not run.damped or len(part) == 1)
+        finally:
+            reporter.end()
     run.seconds = time.perf_counter() - start
     return run
 

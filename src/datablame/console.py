@@ -41,7 +41,8 @@ class ConsoleReporter(Reporter):
         err.print(f"[bold]forecast[/bold] {forecast.sentence()}")
 
     def start(self, what: str, total: int, unit: str = "tokens") -> None:
-        """Draw the bar."""
+        """Draw the bar, in place of one that was not ended."""
+        self.end()
         self._progress = Progress(
             TextColumn(f"[bold]{what}[/bold]"),
             BarColumn(),

@@ -54,20 +54,23 @@ def curvature(model: Any, rows: Sequence[Encoded], blocks: Blocks, batch_tokens:
 
 
 def counted(product: Product, name: str, total: int, reporter: Reporter) -> Product:
-    """The same product for a method that needs `total` of them at most: the first tells how long all take, and a bar
-    follows. The caller ends the bar."""
-    began = False
+    """The same product for a method that calls it `total` times at most, with a bar, which the caller ends.
+
+    The second call tells how long all take: the first is of another matrix or of other vectors, for the trace.
+    """
+    done = 0
 
     def times(matrix: Matrix, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
-        nonlocal began
+        nonlocal done
+        if not done:
+            reporter.start(name, total, "passes")
         start = time.perf_counter()
         hx = product(matrix, x)
-        if not began:
-            about = duration((time.perf_counter() - start) / len(x) * total)
-            reporter.note(f"{name}: at most {total} products with a curvature matrix of the model, about {about}")
-            reporter.start(name, total, "products")
-            began = True
-        reporter.advance(len(x))
+        done += 1
+        if done == 2:
+            about = duration((time.perf_counter() - start) * (total - 1))
+            reporter.note(f"{name}: at most {total} passes with a curvature matrix of the model, about {about}")
+        reporter.advance(1)
         return hx
 
     return times

@@ -113,14 +113,23 @@ def _scored(spec: str, method: Method, inputs: Inputs, notes: list[str], reporte
             scores = inputs.score(method)
         finally:
             reporter.end()
-    notes += dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))
-    for left in getattr(method, "residual", {}).values():
+    notes += [note for note in told(caught) if note not in notes]
+    # LiSSA's residual counts the part of the query that no training row meets, and says nothing of the scores.
+    for left in getattr(method, "residual", {}).values() if method.needs == "operator" else ():
         if (residual := float(np.median(left.numpy()))) > UNSOLVED:
             notes.append(
                 f"{spec}: its equation is left with a residual of {residual:.2g} (median over queries), so that these "
                 "are not the scores of its solution. More steps or more damping bring it down."
             )
     return scores
+
+
+def told(caught: Sequence[warnings.WarningMessage]) -> list[str]:
+    """The sentences of our own warnings, each once; others are warned of again."""
+    for w in caught:
+        if not issubclass(w.category, UserWarning):
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    return list(dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)))
 
 
 def _chosen(store: FeatureStore, methods: Sequence[str] | None, contrasted: bool) -> dict[str, Method]:
@@ -226,7 +235,7 @@ def product_of(
 ) -> Product:
     """Curvature products over the index's training rows, for its gradient blocks in their order.
 
-    The reporter is told of those that `method` takes for m queries, where the method tells how many (`products(m)`).
+    The reporter is told of those that `method` takes for m queries, where the method tells how many (`calls(m)`).
     """
     from datablame.blocks import select_blocks
     from datablame.operators import counted, curvature
@@ -237,7 +246,7 @@ def product_of(
     blocks = select_blocks(loaded.model, store.settings["blocks"])
     chosen = {name: blocks[name] for name in store.features("gradients")}
     product = curvature(loaded.model, rows, chosen, store.settings["batch_tokens"])
-    many = getattr(method, "products", None)
+    many = getattr(method, "calls", None)
     return counted(product, type(method).__name__.lower(), many(m), reporter) if many else product
 
 

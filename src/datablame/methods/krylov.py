@@ -93,9 +93,9 @@ class CG(OnGradients):
         by_block = [torch.stack([product(r_d, self.train[b]) for r_d in r_b]) for b, r_b in parts]
         return {d: self.finish(s) for d, s in zip(dampings, torch.stack(by_block).sum(dim=0), strict=True)}
 
-    def products(self, m: int) -> int:
-        """Products with a vector that m queries take, at most."""
-        return self.probes + self.steps * m
+    def calls(self, m: int) -> int:
+        """Calls of `product` (each a pass over the rows) for m queries, at most: one for all probes, one a step."""
+        return 1 + self.steps * math.ceil(m / CHUNK)
 
     def _times(self, x: Float[Tensor, "k D"], matrix: str | None = None) -> Float[Tensor, "k D"]:
         hx = self.product(matrix := matrix or self.matrix, x)
@@ -151,7 +151,7 @@ class CG(OnGradients):
         if low + min(shifts) <= 0:
             raise self._error(
                 f"H + λI is not positive definite: H has negative curvature, {low:.3g}, and λ is {min(shifts):.3g}. "
-                f"Use minres, matrix=gauss-newton, or a damping above {-low / mean:.2g}."
+                f"Use minres, matrix=gauss-newton, or a damping above {_up(-low / mean):g}."
             )
 
 
@@ -181,9 +181,15 @@ class MinRes(CG):
             warnings.warn(
                 f"minres: H + λI has negative curvature along {negative} of {len(self.lowest)} queries "
                 f"(Ritz values down to {float(self.lowest.min()):.3g}, λ from {min(shifts):.3g}; "
-                f"none with a damping above {-float(self.lowest.min()) / mean:.2g}).",
+                f"none found with a damping above {_up(-float(self.lowest.min()) / mean):g}).",
                 stacklevel=4,
             )
+
+
+def _up(x: float) -> float:
+    """Rounded up to two digits, since below it the same would be said again."""
+    unit = 10.0 ** (math.floor(math.log10(x)) - 1)
+    return math.ceil(x / unit) * unit
 
 
 def lanczos(

@@ -102,7 +102,7 @@ def summary(found: Mapping[str, TaskResults]) -> dict[str, Any]:
             "intervals": "95 %, bootstrap over seeds and queries",
             "tests": "sign flips over queries, two-sided; p_holm: Holm's correction over all tests of the figure",
             "residual": "median over queries and blocks of ‖αHr − v‖/‖v‖",
-            "damping": "0.1 of the mean eigenvalue of each block",
+            "damping": "0.1 of the mean eigenvalue of each block; damped: 1, of the mean of those that can be above 0",
         },
         "paper": PAPER,
         "tasks": {task: _task(results) for task, results in found.items()},

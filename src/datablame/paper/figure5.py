@@ -35,7 +35,7 @@ METHODS = {
     "GradSim": ("graddot@padded", "graddot@response"),
     "cosine": ("gradcos@padded", "gradcos@response"),
     "exact": ("exact-block:damping=0.1@padded", "exact-block:damping=0.1@response"),
-    "damped": ("exact:damping=1.0,unit=rank@padded", "exact:damping=1.0,unit=rank@response"),
+    "damped": ("exact-block:damping=1.0,unit=rank@padded", "exact-block:damping=1.0,unit=rank@response"),
     "RepSim": ("repsim:layer=last,text=prompt", "repsim:layer=middle,text=response"),
 }
 """name -> its run under each of VIEWS; RepSim sees no loss: as released, and in the middle layer over the response."""
@@ -236,7 +236,7 @@ NOTES = (
     "does, and whether the same lines look alike under the response's loss. Bars: 95 % intervals over queries.",
     "padded: the paper's loss, 128 tokens of which all are labelled; RepSim as released. response: the loss that was "
     "trained; RepSim in the middle layer over the response. The fine-tune is one and the same. GradSim: the dot "
-    "product of gradients. exact: the solution by block with the paper's λ; damped: over all blocks at once, λ as "
+    "product of gradients. exact: the solution by block with the paper's λ; damped: the same, λ as "
     "large as the curvature is on average where there is any. loss: nats a response token, over the training rows and "
     "over the queries' reference responses.",
     "ρ: Spearman's correlation of the values with the falling training loss over the checkpoints; above 0, better "
