@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 import record
 from datablame.comparing import relative_errors
-from datablame.demo import PLANTED, QUERIES
+from datablame.demo import ADAPTER, COMMAND, PLANTED, QUERIES
 from datablame.diagnostics import CONTROLS, query_independent_share, rank_correlation, top_overlap, top_size
 from datablame.examples import Example, load_examples
 from datablame.methods import BUILTIN, parse
@@ -27,6 +27,7 @@ PLANTED_QUERIES = {id_: label for id_, _, label in QUERIES if label in PLANTED}
 
 def write(path: Path, work: Path, rows: int, pieces: list[str], serves: dict[str, list[str]], blocks: str) -> None:
     """Write what is finished. serves: methods by extra · blocks: the weights of the subset."""
+    again = (work / "adapter.txt").read_text(encoding="utf-8") != str(ADAPTER.resolve())
     done = {p: json.loads((work / f"{p}.json").read_text(encoding="utf-8")) for p in pieces if _there(work, p)}
     examples, queries = load_examples(work / "rows.jsonl"), load_examples(work / "queries.jsonl")
     labels = [e.label for e in examples]
@@ -35,7 +36,8 @@ def write(path: Path, work: Path, rows: int, pieces: list[str], serves: dict[str
     scores = {n: np.load(work / f"scores-{n}.npy") for n in ran}
     asked = [str(q.id) for q in queries]
     result = {
-        "command": f"python benchmarks/methods.py --rows {rows}",
+        "command": f"python benchmarks/methods.py --rows {rows}" + (" --adapter ADAPTER" if again else ""),
+        "adapter": f"made again, with its checkpoints: {COMMAND} --keep 3" if again else "the demo's own",
         "protocol": "the demo's rows, adapter and questions (chat template, loss on the response, answers as in "
         "results/demo.json); one adapter, one seed; each capture and each method in a process of its own, whose peak "
         "memory holds Python and torch too; seconds on the clock of a machine that did other work beside, cpu_seconds "
