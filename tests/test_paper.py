@@ -17,7 +17,7 @@ import torch
 from scipy.stats import spearmanr, t
 
 import oracles
-from conftest import Run, write_digits
+from conftest import Run
 from datablame import paper
 from datablame.errors import UserError
 from datablame.indexing import SILENT
@@ -27,16 +27,6 @@ from datablame.report.paper import write_page
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 SETTINGS = (linear.Setting(8, 4, dense=True, refits=5, rounds=2), linear.Setting(12, 5, refits=5, rounds=2))
 PLAN = linear.Plan(SETTINGS, seed=3, subsets=3, queries=6)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def digits(folder: Path) -> mnist.Images:
-    return mnist.load(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -245,19 +235,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[linear.Plan]:
     return calls
 
 
-def test_end_to_end(run: Run, small: list[linear.Plan], folder: Path, tmp_path: Path) -> None:
+def test_end_to_end(run: Run, small: list[linear.Plan], digits_folder: Path, tmp_path: Path) -> None:
     """Table 5 and Figure 3 are one run; another run is not written over it."""
     to = ("--out", tmp_path / "o")
     assert "not run yet" in run("list", *to)[1]
-    code, said, err = run("run", "table5", "--mnist", folder, "--seed", 3, *to)
+    code, said, err = run("run", "table5", "--mnist", digits_folder, "--seed", 3, *to)
     assert code == 0, err
     assert "paper show table5" in said
-    code, said, err = run("run", "figure3", "--mnist", folder, "--seed", 3, *to)
+    code, said, err = run("run", "figure3", "--mnist", digits_folder, "--seed", 3, *to)
     assert code == 0, err
     assert "holds this run already" in " ".join(err.split())
     assert len(small) == 1
     assert [(s.points, s.side) for s in small[0].settings] == [(10, 32), (20, 32)]
-    code, _, err = run("run", "table5", "--mnist", folder, "--seed", 4, *to)
+    code, _, err = run("run", "table5", "--mnist", digits_folder, "--seed", 4, *to)
     assert (code, "holds another run (its seed differs)" in err) == (2, True)
     record = json.loads((tmp_path / "o" / "table5.json").read_text(), parse_constant=pytest.fail)
     assert record["command"].startswith("datablame paper run table5")
@@ -271,8 +261,10 @@ def test_end_to_end(run: Run, small: list[linear.Plan], folder: Path, tmp_path: 
     assert run("list", *to)[1].count("table5.json") == 2
 
 
-def test_the_scale_decides_what_is_measured(run: Run, small: list[linear.Plan], folder: Path, tmp_path: Path) -> None:
-    assert run("run", "table5", "--scale", "cpu", "--mnist", folder, "--out", tmp_path / "o")[0] == 0
+def test_the_scale_decides_what_is_measured(
+    run: Run, small: list[linear.Plan], digits_folder: Path, tmp_path: Path
+) -> None:
+    assert run("run", "table5", "--scale", "cpu", "--mnist", digits_folder, "--out", tmp_path / "o")[0] == 0
     settings = {(s.points, 10 * (s.side**2 + 1)): s.dense for s in small[0].settings}
     wide = {(n, 100_010): False for n in (10, 20, 1000)}
     assert settings == {(n, 10_250): True for n in (10, 20, 1000)} | wide
@@ -425,9 +417,11 @@ def test_tables_and_figures_are_drawn_from_the_cells(
 
 
 @pytest.mark.slow
-def test_all_at_smoke_scale_on_the_bundled_model(run: Run, smollm2: str, folder: Path, tmp_path: Path) -> None:
+def test_all_at_smoke_scale_on_the_bundled_model(run: Run, smollm2: str, digits_folder: Path, tmp_path: Path) -> None:
     """Every table and figure is measured and can be shown. Fine-tunes may come from the user's cache."""
-    code, _, error = run("run", "all", "--scale", "smoke", "--model", smollm2, "--mnist", folder, "--out", tmp_path)
+    code, _, error = run(
+        "run", "all", "--scale", "smoke", "--model", smollm2, "--mnist", digits_folder, "--out", tmp_path
+    )
     assert code == 0, error
     for name in paper.in_order():
         code, said, error = run("show", name, "--out", tmp_path)

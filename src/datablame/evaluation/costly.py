@@ -70,7 +70,7 @@ def costly_results(
         stores = _captured(o, options, folder, reporter) if left else {}
         seconds = round(time.perf_counter() - start, 1)
         for s in RESPONSES if left else ():
-            product = lambda method: product_of(stores["train"], o.loaded, o.encoder, method, 0)  # noqa: E731
+            product = lambda method: product_of(stores["train"], o.loaded, o.encoder, method, len(task.queries))  # noqa: E731
             scored[s] |= score_runs(left, stores["train"], stores[s], reporter, product)
     except DiskError:  # no fault of the method
         raise
