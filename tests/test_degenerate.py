@@ -43,10 +43,10 @@ class Case(NamedTuple):
 
 
 OPTIONS = {
-    "exact": ON_GRADIENTS,
-    "exact-block": [*ON_GRADIENTS, "aggregate=vote", "form=primal", "form=dual"],
+    "exact": [*ON_GRADIENTS, "unit=rank"],
+    "exact-block": [*ON_GRADIENTS, "unit=rank", "aggregate=vote", "form=primal", "form=dual"],
     "datainf": ON_GRADIENTS,
-    "lissa": [*ON_GRADIENTS, "steps=inf", "protocol=paper"],
+    "lissa": [*ON_GRADIENTS, "unit=rank", "steps=inf", "protocol=paper"],
     "graddot": [*ON_GRADIENTS, "aggregate=rank"],
     "tracincp": ["relatif=l", "aggregate=rank"],
     "adamdot": ["relatif=l", "center=1", "aggregate=vote"],
