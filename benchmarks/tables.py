@@ -333,8 +333,8 @@ def figure7(r: dict[str, Any]) -> str:
 
 def retraining(kind: str) -> str:
     """Methods against retraining: every task that has it."""
-    found = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)
-    return truth_tables.truth_text(found, kind) if found else "*Not run yet.*"
+    found, notes = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)
+    return truth_tables.truth_text(found, kind, notes) if found or notes else "*Not run yet.*"
 
 
 def figure4(r: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import conftest
 from bench_cases import METHODS, one_task, run, tiny
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
-from datablame.evaluation import retraining, tasks, truth
+from datablame.evaluation import results, retraining, tasks, truth
 from datablame.evaluation.cell import Cell
 from datablame.evaluation.retraining import Job, Retrained
 from datablame.evaluation.suites import runs
@@ -356,10 +356,11 @@ def test_lds_stands_by_view_beside_the_ceiling_and_the_class() -> None:
     assert lds_rows([unlike])[-1][-1] == "0.00 (0.00 to 0.00)"
 
 
-def test_results_are_joined_over_seeds_and_not_with_others(tmp_path: Path) -> None:
+def test_results_are_joined_over_seeds_and_not_with_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "today", lambda result: None)  # see the next test
     folder = tmp_path / "m" / "cpu"
     folder.mkdir(parents=True)
-    assert load_truth(tmp_path, "m", "cpu", "removal") == {}
+    assert load_truth(tmp_path, "m", "cpu", "removal") == ({}, [])
 
     def save(name: str, result: dict[str, Any]) -> None:
         (folder / f"{name}.json").write_text(json.dumps(result))
@@ -369,19 +370,41 @@ def test_results_are_joined_over_seeds_and_not_with_others(tmp_path: Path) -> No
     save("grammars-sound-s0", {"version": 1})
     save("grammars-sound-s2-removal", {"version": truth.VERSION - 1})
     save("grammars-sound-s0-lds", removed(0, 0.4))
-    found = load_truth(tmp_path, "m", "cpu", "removal")
+    found, notes = load_truth(tmp_path, "m", "cpu", "removal")
+    assert notes == []
     assert [r["seed"] for r in found["grammars"]] == [0, 1]
     text = truth_text(found, "removal")
     assert text.startswith("**grammars: 2 of 120 rows dropped, 20 queries of x; seeds 0, 1**\n\n| dropped |")
     assert truth_title(found["grammars"][:1], "removal").endswith("; seed 0")
     for seed in (0, 1):
         save(f"grammars-sound-s{seed}-removal", removed(seed, 0.4) | {"recipe_options": {"rank": 4, "seed": seed}})
-    assert len(load_truth(tmp_path, "m", "cpu", "removal")["grammars"]) == 2
+    assert len(load_truth(tmp_path, "m", "cpu", "removal")[0]["grammars"]) == 2
     odd = {"runs": [REPSIM], "rows": 7, "model_sha256": "other", "recipe_options": {"rank": 8, "seed": 1}}
     for key, value in odd.items():
         save("grammars-sound-s1-removal", removed(1, 0.4) | {"recipe_options": {"rank": 4, "seed": 1}, key: value})
         with pytest.raises(UserError, match=f"differ in {key.partition('_opt')[0]} from seed to seed"):
             load_truth(tmp_path, "m", "cpu", "removal")
+
+
+def test_a_result_of_other_rows_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "build", lambda name, scale, seed: tiny(seed))
+    folder = tmp_path / "m" / "smoke"
+    folder.mkdir(parents=True)
+    for seed in (0, 1):
+        made = removed(seed, 0.4) | {"model": "m", "scale": "smoke", "model_sha256": "sha", "task": "tiny"}
+        decides = truth._fingerprint(Cell("m", "tiny", "smoke", seed), tiny(seed), "sha", "removal", made["runs"])
+        file = folder / f"tiny-sound-s{seed}-removal.json"
+        file.write_text(json.dumps(made | {"fingerprint": decides}))
+    found, notes = load_truth(tmp_path, "m", "smoke", "removal")
+    assert ([r["seed"] for r in found["tiny"]], notes) == ([0, 1], [])
+    monkeypatch.setattr(results, "build", lambda name, scale, seed: tiny(seed, version=2 if seed else 1))
+    found, (note,) = load_truth(tmp_path, "m", "smoke", "removal")
+    assert [r["seed"] for r in found["tiny"]] == [0]
+    assert note.startswith("tiny: the removal result of seed 1 is left out, since the task has other rows")
+    assert truth_text(found, "removal", [note]).endswith(f"\n\n{note}")
+    monkeypatch.setattr(results, "build", lambda name, scale, seed: tiny(seed, version=3))
+    found, notes = load_truth(tmp_path, "m", "smoke", "removal")
+    assert (found, len(notes)) == ({}, 2)
 
 
 def test_what_was_found_is_read_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

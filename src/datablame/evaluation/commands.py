@@ -185,8 +185,11 @@ def retrain_bench(
     sha256 = load(ModelSpec(model, None, device, dtype)).model_sha256
     options: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": ConsoleReporter()}
     paths = against_retraining(cells, sha256, kind, out, runs=runs, **options)
-    found = load_truth(out, model, scale, kind)[cells[0][0].rows]
+    every, notes = load_truth(out, model, scale, kind)
+    found = every[cells[0][0].rows]
     print_grid(truth_title(found, kind), truth_rows(found, kind))
+    for note in notes:
+        typer.echo(note)
     typer.echo(f"results: {', '.join(str(p) for p in paths)}")
 
 

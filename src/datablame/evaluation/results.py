@@ -206,7 +206,7 @@ def _kind(result: dict[str, Any]) -> dict[str, Any]:
 
 def rebuilt(result: Mapping[str, Any]) -> Task | None:
     """The task whose rows the result is of; None where they cannot be made again: another version, a user's files."""
-    task = _today(result)
+    task = today(result)
     return task if task is not None and _made_of(result, task) else None
 
 
@@ -216,11 +216,11 @@ def is_old(result: Mapping[str, Any]) -> bool:
     Where its rows are made of files that are not at hand (the paper's released ones, a user's sources), or by a package
     that is not installed, nobody can tell, and the answer is no.
     """
-    task = _today(result)
+    task = today(result)
     return task is not None and not _made_of(result, task)
 
 
-def _today(result: Mapping[str, Any]) -> Task | None:
+def today(result: Mapping[str, Any]) -> Task | None:
     """The task as it is now; None where it cannot be made here."""
     try:
         return build(result["task"], result["scale"], result["seed"])

@@ -18,6 +18,7 @@ from datablame.errors import UserError
 from datablame.evaluation.bench import check_model, read_result, result_path
 from datablame.evaluation.cell import MATRICES, Cell, fingerprint, folder_of, options
 from datablame.evaluation.intervals import interval
+from datablame.evaluation.results import today
 from datablame.evaluation.retraining import (
     Job,
     Retrained,
@@ -132,6 +133,15 @@ def read_truth(path: Path) -> dict[str, Any] | None:
         return result if result["version"] == VERSION else None
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: damaged; delete it, and it is made again.") from e
+
+
+def is_old(result: Mapping[str, Any]) -> bool:
+    """Does the task have other rows, or another recipe, today? No, where nobody can tell: see `results.is_old`."""
+    if (task := today(result)) is None:
+        return False
+    cell = Cell(result["model"], result["task"], result["scale"], result["seed"])
+    decides = _fingerprint(cell, task, result["model_sha256"], result["kind"], result["runs"])
+    return bool(decides != result["fingerprint"])
 
 
 def _seed(cell: Cell, task: Task, model_sha256: str, kind: Kind, out: Path, runs: Sequence[str] | None) -> Seed | Path:

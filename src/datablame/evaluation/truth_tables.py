@@ -13,7 +13,7 @@ from datablame.errors import UserError
 from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, interval
 from datablame.evaluation.results import Tested, corrected
 from datablame.evaluation.tables import REFERENCES, Rows, markdown
-from datablame.evaluation.truth import CHANCE, NOTHING, RIGHT, Kind, read_truth
+from datablame.evaluation.truth import CHANCE, NOTHING, RIGHT, Kind, is_old, read_truth
 from datablame.evaluation.views import VIEWS
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ Tests = dict[tuple[str, str], Tested]
 """By what is tested and against what, and the run."""
 
 
-def load_truth(out: str | Path, model: str, scale: str, kind: Kind) -> dict[str, list[dict[str, Any]]]:
-    """`{task: results by seed}` of what is there.
+def load_truth(
+    out: str | Path, model: str, scale: str, kind: Kind
+) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """`{task: results by seed}` of what is there, and a sentence for each that is left out, being of other rows.
 
     Raises UserError for seeds of one task that cannot be joined, being of other runs, numbers of rows or queries,
     recipes or models.
@@ -35,8 +37,16 @@ def load_truth(out: str | Path, model: str, scale: str, kind: Kind) -> dict[str,
     folder = Path(out) / Path(model).name / scale
     name = re.compile(rf"-sound-s\d+-{kind}$")
     found: dict[str, list[dict[str, Any]]] = {}
+    notes: list[str] = []
     for path in sorted(p for p in folder.glob("*.json") if name.search(p.stem)):
-        if (result := read_truth(path)) is not None:
+        if (result := read_truth(path)) is None:
+            continue
+        if is_old(result):
+            notes.append(
+                f"{result['task']}: the {kind} result of seed {result['seed']} is left out, since the task has other "
+                "rows, or another recipe, today. Run it again."
+            )
+        else:
             found.setdefault(result["task"], []).append(result)
     for task, results in found.items():
         results.sort(key=lambda r: r["seed"])
@@ -46,7 +56,7 @@ def load_truth(out: str | Path, model: str, scale: str, kind: Kind) -> dict[str,
                 f"{folder}: the {kind} results of {task} differ in {' and '.join(differs)} from seed to seed and "
                 "cannot be joined. Make them again for all seeds at once."
             )
-    return found
+    return found, notes
 
 
 def _kind(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,9 +80,10 @@ def truth_title(results: Results, kind: Kind) -> str:
     return f"{first['task']}: {first['dropped']} of {first['rows']} rows dropped, {asked}; {seeds}"
 
 
-def truth_text(found: Mapping[str, Results], kind: Kind) -> str:
-    """Markdown of all tasks."""
-    return "\n\n".join(f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind))}" for r in found.values())
+def truth_text(found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = ()) -> str:
+    """Markdown of all tasks, and the notes."""
+    tables = [f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind))}" for r in found.values()]
+    return "\n\n".join([*tables, *notes])
 
 
 # ---------------------------------------------------------------- removal
