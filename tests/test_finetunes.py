@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
+from transformers import TrainerCallback
 
 from conftest import ROWS, write_jsonl
+from datablame import tuning
 from datablame.checkpoints import find, read_record
 from datablame.encoding import EncodingOptions
 from datablame.errors import UserError
@@ -22,7 +25,7 @@ from datablame.evaluation.finetunes import fine_tuned, snapshots
 from datablame.evaluation.retraining import Job
 from datablame.examples import Example, from_prompt, load_examples
 from datablame.models import ModelSpec, cache_dir, load
-from datablame.tuning import TuneOptions, decisive, snapshot_steps, tune
+from datablame.tuning import TuneOptions, decisive, make_trainer, snapshot_steps, tune
 
 OPTIONS = TuneOptions(rank=2, epochs=3, batch=2, rate=1e-2, dropout=0.1)  # 7 rows: 4 steps an epoch, 12 in all
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "bench" / "smollm2-135m" / "cpu"
@@ -206,6 +209,63 @@ def test_an_interrupted_training_is_begun_again(model_dir: Path, sha: str, monke
     adapter = fine_tuned(str(model_dir), rows(), OPTIONS, model_sha256=sha)
     assert not (folder / "training").exists()
     assert len(steps(adapter)) == 9
+
+
+@pytest.mark.parametrize("early_stop", [0, 2])
+@pytest.mark.parametrize("last", [1, 4, 6, 8, 11])  # 4 steps an epoch: within the first, at ends, and between them
+def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
+    model_dir: Path, sha: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int, early_stop: int
+) -> None:
+    """Weights, optimizer, losses and rates; early stopping waits for two bad epochs, of which the state has one."""
+    options = replace(OPTIONS, epochs=4, early_stop=early_stop, rate=0.3 if early_stop else OPTIONS.rate)
+    asked: dict[str, Any] = {"model_sha256": sha, "validation": rows() if early_stop else None}
+    straight = fine_tuned(str(model_dir), rows(), options, **asked)
+    assert early_stop == 0 or max(steps(straight)) < 16
+
+    monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "another"))
+    begun: list[int] = []
+
+    class Stops(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begun.append(state.global_step)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == last and len(begun) == 1:
+                raise KeyboardInterrupt
+
+    def watched(*a: Any, **k: Any) -> Any:
+        trainer = make_trainer(*a, **k)
+        trainer.add_callback(Stops())
+        return trainer
+
+    monkeypatch.setattr(tuning, "make_trainer", watched)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tuned(str(model_dir), rows(), options, **asked)
+    (folder,) = (cache_dir() / "finetunes").iterdir()
+    torn = folder / "training" / "checkpoint-12"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"epoch": 3.0, ')
+    again = fine_tuned(str(model_dir), rows(), options, **asked)
+    assert begun == [0, last // 4 * 4]
+    assert steps(again) == steps(straight)
+    for step in steps(straight):
+        a, b = (folder / f"checkpoint-{step}" for folder in (straight, again))
+        assert weights(a) == weights(b)
+        torch.testing.assert_close(adam(a), adam(b), rtol=0, atol=0)
+    assert weights(again) == weights(straight)
+    for key in ("rates", "parameters"):
+        assert read_record(again)[key] == read_record(straight)[key]
+    assert untimed(again) == untimed(straight)
+
+
+def untimed(adapter: Path) -> list[dict[str, float]]:
+    """The history without seconds."""
+    told = ("loss", "eval_loss", "grad_norm", "learning_rate", "step", "epoch")
+    return [{k: v for k, v in line.items() if k in told} for line in read_record(adapter)["history"]]
+
+
+def adam(checkpoint: Path) -> dict[int, Any]:
+    return torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]  # type: ignore[no-any-return]
 
 
 def test_two_at_once_train_one(model_dir: Path, sha: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import datablame
 from conftest import ROWS, write_jsonl
 from datablame.blocks import short_name
-from datablame.checkpoints import TRAINING_RECORD, adam_state, find
+from datablame.checkpoints import TRAINING_RECORD, adam_state, find, read_record
 from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
 from datablame.examples import load_examples
@@ -149,15 +150,27 @@ def test_gauge_needs_lora_and_both_factors() -> None:
 # ---------------------------------------------------------------- what the training left
 
 
+class Watched(TrainerCallback):
+    """Notes the rate that each step is about to take."""
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
+
+
 def test_rates_and_second_moments_are_the_trainers_own(model_dir: Path, trained: Path, tmp_path: Path) -> None:
     """A second trainer over the same rows, watched from inside: its optimizer, by parameter object."""
     loaded = load(ModelSpec(str(model_dir)))
     encoder = Encoding(loaded.tokenizer, None, loaded.max_length)
     rates: list[float] = []
     encoded = encode_rows(encoder, load_examples(trained / "train.jsonl"))
-    trainer = make_trainer(loaded, encoded, tmp_path / "again", OPTIONS, rates=rates)
+    trainer = make_trainer(loaded, encoded, tmp_path / "again", OPTIONS)
+    trainer.add_callback(Watched(rates))
     trainer.train()
     assert rates == pytest.approx([OPTIONS.rate * (1 - k / 12) for k in range(12)])
+    assert read_record(trained / "adapter")["rates"] == rates
     checkpoints = find(trained / "adapter", "all")
     assert [c.step for c in checkpoints] == [4, 8, 12]
     assert [c.rate for c in checkpoints] == pytest.approx([sum(rates[a : a + 4]) for a in (0, 4, 8)])

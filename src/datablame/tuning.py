@@ -61,15 +61,18 @@ def tune(
     columns: Columns | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    resume: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Fine-tune a LoRA adapter and write it to `out` (a PEFT directory with tokenizer and `datablame.json`).
 
+    resume: `out` may hold a training of the same rows and recipe that was interrupted; it goes on at the end of the
+    last epoch that has a checkpoint there, and gives the weights of one that was not.
     Returns the record that is written: options, encoding, and the loss history of the trainer.
     Raises UserError for bad rows, targets that match nothing, or an `out` that holds an adapter already.
     """
     out, model, options = Path(out), str(model), options or TuneOptions()
-    check_options(out, options, validation)
+    check_options(out, options, validation, resume)
     examples = load_examples(train, columns)
     held_out = load_examples(validation, columns) if validation else None
     loaded = load(ModelSpec(model, None, device, dtype))
@@ -78,9 +81,9 @@ def tune(
     if note := truncation_note(examples, rows):
         reporter.note(note)
     validation_rows = encode_rows(encoder, held_out) if held_out else None
-    rates: list[float] = []
-    trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter, rates)
-    trainer.train()
+    trainer = make_trainer(loaded, rows, out, options, validation_rows, reporter)
+    last = _last_epoch(out) if resume else None
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     reporter.end()
     history = [h for h in trainer.state.log_history if "loss" in h or "eval_loss" in h]
     check_finite(trainer.model, history)
@@ -90,7 +93,7 @@ def tune(
         "options": asdict(options),
         "encoding": asdict(encoder.options),
         "history": history,
-        "rates": rates,
+        "rates": _rates(trainer),
     }
     return write_adapter(trainer, loaded, out, record, options)
 
@@ -118,6 +121,35 @@ def _parameters(trainer: SFTTrainer) -> list[str]:
 
     names = {id(p): short_name(n.removesuffix(".weight")) for n, p in trainer.model.named_parameters()}  # type: ignore[union-attr]
     return [names[id(p)] for group in trainer.optimizer.param_groups for p in group["params"]]  # type: ignore[union-attr]
+
+
+def _rates(trainer: SFTTrainer) -> list[float]:
+    """The learning rate of every step that was done: a schedule knows the step alone."""
+    schedule: Any = trainer.lr_scheduler
+    rate, factor = schedule.base_lrs[0], schedule.lr_lambdas[0]
+    return [float(rate * factor(step)) for step in range(trainer.state.global_step)]
+
+
+def _last_epoch(out: Path) -> Path | None:
+    """The last checkpoint at the end of an epoch; later ones are deleted, and will be made again."""
+    last = max(filter(_goes_on, out.glob("checkpoint-*")), key=_step, default=None)
+    for checkpoint in out.glob("checkpoint-*"):
+        if last is None or _step(checkpoint) > _step(last):
+            shutil.rmtree(checkpoint)
+    return last
+
+
+def _goes_on(checkpoint: Path) -> bool:
+    """Is it whole, and may a training go on from it? The trainer writes its state last.
+
+    Within an epoch the sum of its losses would be lost, and one that is to stop does not know it when begun again.
+    """
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    stops = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+    return float(state["epoch"]).is_integer() and not stops
 
 
 def snapshot_steps(count: int, last: int) -> list[int]:
@@ -168,13 +200,13 @@ def _name_base_model(config: Path, model: str) -> None:
     config.write_text(json.dumps({**settings, "base_model_name_or_path": model}, indent=2) + "\n", encoding="utf-8")
 
 
-def check_options(out: Path, options: TuneOptions, validation: str | Path | None = None) -> None:
-    """Raise UserError, before any work, for a recipe that cannot be or an `out` that is not empty."""
+def check_options(out: Path, options: TuneOptions, validation: str | Path | None = None, resume: bool = False) -> None:
+    """Raise UserError, before any work, for a recipe that cannot be or, but to resume, an `out` that is not empty."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is a file; name a directory.")
-    if (out / "adapter_config.json").exists():
+    if (out / "adapter_config.json").exists() and not resume:
         raise UserError(f"--out {out}: there is an adapter already. Give a new directory, or delete it.")
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out}: the directory is not empty. Give a new one.")
     if options.early_stop and not validation:
         raise UserError("--early-stop watches the validation loss: give --validation FILE too.")
@@ -195,12 +227,8 @@ def make_trainer(
     options: TuneOptions,
     validation: Sequence[Encoded] | None = None,
     reporter: Reporter = SILENT,
-    rates: list[float] | None = None,
 ) -> SFTTrainer:
-    """TRL's SFTTrainer over our ids and labels; it prepares nothing by itself.
-
-    rates: takes the learning rate of every step, as the steps are done.
-    """
+    """TRL's SFTTrainer over our ids and labels; it prepares nothing by itself."""
     from transformers.trainer_callback import PrinterCallback
 
     _check_targets(loaded.model, options)
@@ -214,7 +242,7 @@ def make_trainer(
         data_collator=_stacked if any(r.padding for r in rows) else None,
         processing_class=loaded.tokenizer,
         peft_config=lora_config(options),
-        callbacks=_callbacks(options, reporter, [] if rates is None else rates),
+        callbacks=_callbacks(options, reporter),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -322,6 +350,7 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
         eval_strategy="epoch" if validates else "no",
         load_best_model_at_end=options.early_stop > 0,
         metric_for_best_model="eval_loss" if options.early_stop else None,
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
         logging_strategy="epoch",
         report_to=[],
         disable_tqdm=True,
@@ -330,7 +359,7 @@ def _arguments(loaded: Loaded, out: Path, options: TuneOptions, validates: bool)
     )
 
 
-def _callbacks(options: TuneOptions, reporter: Reporter, rates: list[float]) -> list[Any]:
+def _callbacks(options: TuneOptions, reporter: Reporter) -> list[Any]:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     class Progress(TrainerCallback):
@@ -339,10 +368,7 @@ def _callbacks(options: TuneOptions, reporter: Reporter, rates: list[float]) -> 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """The number of steps is known."""
             reporter.start("tune", state.max_steps, "steps")
-
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """The rate that this step is about to take."""
-            rates.append(float(kwargs["lr_scheduler"].get_last_lr()[0]))
+            reporter.advance(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """One optimizer step is done."""

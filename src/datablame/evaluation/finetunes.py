@@ -53,8 +53,9 @@ def fine_tuned(
 ) -> Path:
     """The directory of an adapter trained so; trained now where the cache does not have it.
 
-    Another process that is at it is waited for. `options.keep` and `options.snapshots` say nothing here: with
-    `checkpoints` there are those of every epoch's end and SNAPSHOTS more, else perhaps none.
+    Another process that is at it is waited for; a training that was interrupted goes on after its last epoch.
+    `options.keep` and `options.snapshots` say nothing here: with `checkpoints` there are those of every epoch's end and
+    SNAPSHOTS more, else perhaps none.
     Raises UserError as `tune` does.
     """
     options = replace(options, keep=0, snapshots=0)
@@ -67,7 +68,6 @@ def fine_tuned(
             if checkpoints:
                 options = replace(options, keep=math.ceil(options.epochs), snapshots=SNAPSHOTS)
             training = folder / "training"
-            shutil.rmtree(training, ignore_errors=True)  # of an interrupted one
             _write(rows, folder / "train.jsonl")
             if validation is not None:
                 _write(validation, folder / "validation.jsonl")
@@ -80,6 +80,7 @@ def fine_tuned(
                 encoding=encoding,
                 device=device,
                 dtype=dtype,
+                resume=True,  # of an interrupted one
                 reporter=reporter,
             )
             shutil.rmtree(adapter, ignore_errors=True)
