@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from datablame.evaluation import metrics, tasks
 from datablame.evaluation.leak import lexical_leak
@@ -16,6 +18,7 @@ from datablame.evaluation.tasks import backdoor, fact_words, grammars, mixed_har
 from datablame.evaluation.tasks.base import refuses
 from datablame.examples import Example
 from datablame.methods import Text, create
+from datablame.models import load_tokenizer
 
 OURS = [n for n in tasks.BUILTIN if n not in tasks.RELEASED]
 SIZES = {
@@ -303,15 +306,23 @@ def test_noise_gets_chance_and_an_oracle_everything(name: str, scale: str) -> No
 
 
 @pytest.mark.parametrize("name", ["mixed-small", "mixed-large", "mixed-hard"])
-def test_the_length_of_a_row_does_not_tell_what_is_harmful(name: str) -> None:
-    """All main queries are of one class, so that a score of the row alone could win."""
+def test_the_length_of_a_row_does_not_tell_what_is_harmful(smollm2: str, name: str) -> None:
+    """In a model's tokens, over seeds: neither by rank nor at either end; ties are shared.
+
+    All main queries are of one class, so that a score of the row alone could win.
+    """
+    ids = load_tokenizer(smollm2)
+    tokens = cache(lambda text: len(ids(text)["input_ids"]))
     found = []
-    for seed in range(3):
-        task = tasks.build(name, "cpu", seed)
-        main = [g in task.main for g in task.groups]
-        for parts in ([True, False], [False, True], [True, True]):
-            text = [e.prompt * parts[0] + e.response * parts[1] for e in task.train]
-            scores = np.tile([float(words.length(t)) for t in text], (len(task.queries), 1))
-            found.append(auroc(scores, task.truth)[main].mean())
-    assert max(found) < 0.7
-    assert 0.45 < np.mean(found) < 0.6
+    for seed in range(20):
+        train = tasks.build(name, "cpu", seed).train
+        harmful = np.array([e.label == "harmful" for e in train])
+        prompt, response = ([tokens(getattr(e, side)) for e in train] for side in ("prompt", "response"))
+        for lengths in (np.array(prompt), np.array(response), np.array(prompt) + response):
+            ends = [harmful[lengths == end].mean() for end in (lengths.max(), lengths.min())]
+            found.append([roc_auc_score(harmful, lengths), *ends])
+    area, longest, shortest = np.mean(found, axis=0)
+    chance = harmful.mean()
+    assert 0.4 < area < 0.6
+    assert longest < chance + 0.15
+    assert shortest < chance + 0.15

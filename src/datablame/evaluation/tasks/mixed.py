@@ -4,8 +4,8 @@ Queries are harmful prompts that were not trained on (the paper's, the main grou
 look for is compliance, whose rows are those with a harmful request.
 Departures: the requests and the compliance are inert and invented (in the paper: the first 20 prompts of AdvBench,
 answered by TinyLlama), the benign rows too (in the paper: Alpaca); `advbench` and `alpaca` put real prompts in
-place, drawn by the seed. The benign rows are as long as the harmful ones, so that a row's length says nothing. The
-benign queries are ours.
+place, drawn by the seed. The benign rows are about as long as the harmful ones, in tokens too, so that over the
+seeds a row's length says nothing. The benign queries are ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def build(name: str, scale: str, seed: int, advbench: str | None = None, alpaca:
     queries = examples(harm[bad:] + well[good:])
     return Task(
         name=name,
-        version=2,
+        version=3,
         title=f"{bad} harmful rows among {good} benign ones",
         train=train,
         queries=queries,

@@ -218,10 +218,17 @@ def _some(made: list[T], count: int, rng: random.Random) -> list[T]:
     return rng.sample(made, count)
 
 
-def alike(pool: Sequence[Sequence[Pair]], like: Sequence[Pair], count: int, rng: random.Random) -> list[Pair]:
+def alike(
+    pool: Sequence[Sequence[Pair]],
+    like: Sequence[Pair],
+    count: int,
+    rng: random.Random,
+    longer: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> list[Pair]:
     """`count` rows of the pool, one of each group at most, each as long as one of `like` in prompt and response.
 
-    A score that knows the length of a row and nothing else should find nothing. Raises UserError for a small pool.
+    A score that knows the length of a row and nothing else should find nothing. longer: words added to the length of
+    prompt and response, one of each at random. Raises UserError for a small pool.
     """
     pool = _some(list(pool), min(len(pool), max(count, 2000)), rng)
     if len(pool) < count:
@@ -232,6 +239,8 @@ def alike(pool: Sequence[Sequence[Pair]], like: Sequence[Pair], count: int, rng:
     found = []
     for k in range(count):
         target = [length(text) for text in like[k % len(like)]]
+        if longer:
+            target = [words + rng.choice(more) for words, more in zip(target, longer, strict=True)]
         distance = np.abs(lengths - target).sum(axis=1)
         best = int(distance.argmin())
         found.append(rows[best])
