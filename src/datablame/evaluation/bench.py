@@ -12,6 +12,7 @@ from datablame.environment import environment
 from datablame.errors import UserError, nearest
 from datablame.evaluation.cell import ANSWERED, RECIPES, VERSION, Cell, fingerprint, folder_of, opened, run_cell
 from datablame.evaluation.costly import costly_results, groups
+from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.forecast import Plan, tokens, tokens_per_second
 from datablame.evaluation.suites import Beyond, Suite, beyond, costly, runs
 from datablame.evaluation.tasks import RELEASED, Task, build, names, takes
@@ -59,7 +60,7 @@ def bench(
     cells = _wanted(_cells(model, scale, tasks, seeds, recipes, given, layers), suite, methods)
     paths = {cell: result_path(Path(out), cell) for cell in cells}
     loaded = load(ModelSpec(model, None, device, dtype))
-    model_sha256 = loaded.model_sha256
+    model_sha256 = base_sha256(loaded)
     plan = _plan(cells, paths, model_sha256, given)
     reporter.note(plan.sentence(tokens_per_second(loaded, *plan.cells[0][:2]) if plan.cells else None))
     del loaded

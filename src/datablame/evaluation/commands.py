@@ -167,6 +167,7 @@ def retrain_bench(
     from datablame.evaluation import tasks
     from datablame.evaluation.bench import SEEDS, named
     from datablame.evaluation.cell import Cell
+    from datablame.evaluation.finetunes import base_sha256
     from datablame.evaluation.truth import against_retraining
     from datablame.evaluation.truth_tables import load_truth, truth_rows, truth_title
     from datablame.indexing import quiet_libraries
@@ -182,7 +183,7 @@ def retrain_bench(
         (Cell(model, task, scale, seed, "sound", named(task, given)), tasks.build(task, scale, seed, **given))
         for seed in dict.fromkeys(numbers(seeds) or SEEDS[scale])
     ]
-    sha256 = load(ModelSpec(model, None, device, dtype)).model_sha256
+    sha256 = base_sha256(load(ModelSpec(model, None, device, dtype)))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": ConsoleReporter()}
     paths = against_retraining(cells, sha256, kind, out, runs=runs, **options)
     every, notes = load_truth(out, model, scale, kind)

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datablame.checkpoints import TRAINING_RECORD, read_record
-from datablame.encoding import EncodingOptions
+from datablame.encoding import Encoding, EncodingOptions
 from datablame.errors import UserError
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone, hold, release_all
-from datablame.models import cache_dir
+from datablame.models import Loaded, cache_dir
 from datablame.tuning import TuneOptions, decisive, tune
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def fine_tuned(
 ) -> Path:
     """The directory of an adapter trained so; trained now where the cache does not have it.
 
-    Another process that is at it is waited for; a training that was interrupted goes on after its last epoch.
-    `options.keep` and `options.snapshots` say nothing here: with `checkpoints` there are those of every epoch's end and
-    SNAPSHOTS more, else perhaps none.
+    model_sha256: the model's `base_sha256`. Another process that is at it is waited for; a training that was
+    interrupted goes on after its last epoch. `options.keep` and `options.snapshots` say nothing here: with
+    `checkpoints` there are those of every epoch's end and SNAPSHOTS more, else perhaps none.
     Raises UserError as `tune` does.
     """
     options = replace(options, keep=0, snapshots=0)
@@ -86,6 +86,12 @@ def fine_tuned(
             shutil.rmtree(adapter, ignore_errors=True)
             training.rename(adapter)
     return adapter
+
+
+def base_sha256(loaded: Loaded) -> str:
+    """Of all that a base model brings to a fine-tune: weights, configuration, tokenizer, chat template, limit."""
+    what = [loaded.model_sha256, Encoding(loaded.tokenizer, None, loaded.max_length).settings()]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def snapshots(adapter: Path) -> list[tuple[int, Path]]:

@@ -78,7 +78,7 @@ def score_runs(
         spec, view = split(run)
         start, values, error, residual = time.perf_counter(), None, "", None
         try:
-            method = parse(spec)
+            method = parse(f"random:seed={_noise(train)}" if spec == "random" else spec)
             values = _checked(CellInputs(train, queries, view, product).score(method), len(queries), len(train))
             residual = _residual(method)
         except UserError as e:
@@ -89,6 +89,11 @@ def score_runs(
         reporter.advance(1)
     reporter.end()
     return out
+
+
+def _noise(train: FeatureStore) -> int:
+    """A seed for the level of chance that is of these training rows: no two cells have the same noise."""
+    return int(train.settings["train_sha256"][:12], 16)
 
 
 def _residual(method: Method) -> float | None:

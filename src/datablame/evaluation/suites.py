@@ -23,11 +23,14 @@ PAPER = (
     "lissa:protocol=paper,steps=10,damping=0.1@padded",
     "exact-block:damping=0.1@padded",
     "exact-block:damping=1.0,unit=rank@padded",
+    "exact:damping=0.1@padded",
+    "exact:damping=1.0,unit=rank@padded",
     "gradcos@padded",
+    "adamdot:center=1,relatif=l@padded",
     "repsim:layer=last,text=prompt",
 )
-"""The released code's methods and its λ on its loss; below them the exact solution, with that λ and with one as
-large as the curvature is where there is any, and the cosine on the same loss."""
+"""The released code's methods and its λ on its loss; below them, on the same loss, the exact solutions, with that λ
+and with one as large as the curvature is where there is any, the cosine, and the gradients in Adam's scale."""
 
 SIDES = ("response", "prompt", "all")
 BY_SIDE = (
@@ -60,6 +63,9 @@ CONTROLS = (
     "bm25:text=response",
     "bm25:text=both",
     "gradnorm@response",
+    "gradnorm@prompt",
+    "gradnorm@all",
+    "gradnorm@padded",
     "length",
     "random",
 )

@@ -18,7 +18,7 @@ from datablame.adapters import fingerprint_adapter
 from datablame.encoding import Encoding
 from datablame.errors import UserError
 from datablame.evaluation.cell import Cell, options
-from datablame.evaluation.finetunes import fine_tuned
+from datablame.evaluation.finetunes import base_sha256, fine_tuned
 from datablame.evaluation.judges import Judge, Verdict, verdicts
 from datablame.evaluation.tasks import Task, build
 from datablame.examples import Example
@@ -101,7 +101,7 @@ def told(a: Arms, adapter: Path | None, queries: Sequence[Example], request: Req
         finally:
             request.reporter.end()
 
-    what = [a.loaded.model_sha256, weights, str(a.loaded.model.dtype), prompts, MAX_NEW_TOKENS]
+    what = [a.loaded.model_sha256, weights, str(a.loaded.model.dtype), prompts, sorted(a.loaded.ends), MAX_NEW_TOKENS]
     return [(str(text), bool(ended)) for text, ended in kept(ANSWERS, what, make)]
 
 
@@ -113,8 +113,7 @@ def judged(a: Arms, judge: Judge, arm: str, request: Request) -> tuple[list[tupl
 
 @cache
 def _sha256(model: str, device: str | None) -> str:
-    """Of the base model's weights."""
-    return load(ModelSpec(model, None, device)).model_sha256
+    return base_sha256(load(ModelSpec(model, None, device)))
 
 
 def described(request: Request, judge: Judge, **more: Any) -> dict[str, Any]:

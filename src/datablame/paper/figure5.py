@@ -53,10 +53,11 @@ FEWEST = 3
 
 def run(request: Request) -> Path:
     """Every checkpoint that is not kept yet, then the numbers of the figure; a run that is already there is kept."""
+    from datablame.evaluation.finetunes import base_sha256
     from datablame.models import ModelSpec, load
 
     path, tasks = request.out / experiment(request.name).result, PLANS[request.scale][0]
-    model_sha256 = load(ModelSpec(request.model, None, request.device)).model_sha256
+    model_sha256 = base_sha256(load(ModelSpec(request.model, None, request.device)))
     this = {"scale": request.scale, "seed": request.seed, "model": Path(request.model).name}
     this |= {"model_sha256": model_sha256, "protocol": protocol(request.scale, request.seed)}
     if already_there(path, this):

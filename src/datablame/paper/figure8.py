@@ -90,13 +90,14 @@ def choices(scale: str, depth: int) -> list[tuple[str, str, list[int] | None]]:
 def run(request: Request) -> Path:
     """Every cell that has no result yet, then the numbers of the figure; a run that is already there is kept."""
     from datablame.evaluation.bench import bench
+    from datablame.evaluation.finetunes import base_sha256
     from datablame.models import ModelSpec, load
 
     path = request.out / experiment(request.name).result
     loaded = load(ModelSpec(request.model, None, request.device))
     chosen = choices(request.scale, int(loaded.model.config.get_text_config().num_hidden_layers))
     this = {"scale": request.scale, "seed": request.seed, "model": Path(request.model).name}
-    this |= {"model_sha256": loaded.model_sha256, "protocol": protocol(request.scale, request.seed, chosen)}
+    this |= {"model_sha256": base_sha256(loaded), "protocol": protocol(request.scale, request.seed, chosen)}
     if already_there(path, this):
         request.reporter.note(f"{path} holds this run already; remove it to measure again.")
         return path

@@ -20,6 +20,10 @@ SIZES = {
     "mixed-large": {"paper": (20, 240, 250), "cpu": (20, 100, 20), "smoke": (8, 16, 4)},
 }
 """harmful rows, benign rows, queries of each kind"""
+LONGER = ((-1, 0, 1, 2), (-1, 0, 1, 2, 3))
+"""Words by which benign prompts and responses are longer. Harmful rows have rarer words, of more tokens each: benign
+rows of as many words would be shorter by about one token, and the longest of all would be a harmful one. Give and take,
+so that neither end belongs to one kind."""
 
 
 def build(name: str, scale: str, seed: int, advbench: str | None = None, alpaca: str | None = None) -> Task:
@@ -27,7 +31,8 @@ def build(name: str, scale: str, seed: int, advbench: str | None = None, alpaca:
     bad, good, m = SIZES[name][scale]
     rng = random.Random(seed)
     harm: list[Row] = [(r.prompt, r.comply, "harmful") for r in harmful(advbench, bad + m, rng)]
-    well: list[Row] = [(p, r, "benign") for p, r in benign(alpaca, good + m, rng, [(p, r) for p, r, _ in harm[:bad]])]
+    like = [(p, r) for p, r, _ in harm[:bad]]
+    well: list[Row] = [(p, r, "benign") for p, r in benign(alpaca, good + m, rng, like, LONGER)]
     train = examples(shuffled(harm[:bad] + well[:good], seed))
     queries = examples(harm[bad:] + well[good:])
     return Task(

@@ -47,11 +47,6 @@ class Harmful(NamedTuple):
     refuse: str
 
 
-LONGER = ((-1, 0, 1, 2), (-1, 0, 1, 2, 3))
-"""Harmful requests have rarer words, of more tokens each: benign rows of as many words are shorter by about one token,
-and then the longest row of all is a harmful one. Give and take, so that neither end belongs to one kind."""
-
-
 def harmful(source: str | None, count: int, rng: random.Random) -> list[Harmful]:
     """`count` requests from `--advbench SOURCE`, or invented ones."""
     if source is None:
@@ -63,16 +58,22 @@ def harmful(source: str | None, count: int, rng: random.Random) -> list[Harmful]
     return [_real(*pair, rng) for pair in rng.sample(goals, count)]
 
 
-def benign(source: str | None, count: int, rng: random.Random, like: Sequence[Pair]) -> list[Pair]:
+def benign(
+    source: str | None,
+    count: int,
+    rng: random.Random,
+    like: Sequence[Pair],
+    longer: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> list[Pair]:
     """`count` instructions with answers, about as long as the rows of `like`: from `--alpaca SOURCE`, or invented.
 
-    Answers that refuse are left out.
+    longer: see `words.alike`. Answers that refuse are left out.
     """
     if source is None:
-        return words.alike(words.instructions(rng), like, count, rng, LONGER)
+        return words.alike(words.instructions(rng), like, count, rng, longer)
     pairs = [(e.prompt.strip(), e.response.strip()) for e in load_examples(_located(source, "alpaca", "llamafactory"))]
     pool = _distinct([(p, r) for p, r in pairs if p and r and not refuses(r)], count, f"--alpaca {source}")
-    return words.alike([[pair] for pair in pool], like, count, rng, LONGER)
+    return words.alike([[pair] for pair in pool], like, count, rng, longer)
 
 
 def _real(goal: str, target: str, rng: random.Random) -> Harmful:
