@@ -17,7 +17,7 @@ from typing import Any
 from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
-from datablame.evaluation.results import TaskResults, load_results
+from datablame.evaluation.results import TaskResults, by_class, load_results
 from datablame.evaluation.suites import DAMPING, EXACTNESS
 from datablame.paper import experiment, module
 from datablame.paper import figure4 as iterations
@@ -178,6 +178,8 @@ def learnt(found: dict[str, TaskResults]) -> str:
         "rows",
         "seeds",
         "answers as their class asks (base)",
+        "least of a class",
+        "exactly the reference (base)",
         "loss a token (base)",
         "AUROC of BM25: prompt, response; the label shows on",
         "of the base model's hidden states",
@@ -185,13 +187,26 @@ def learnt(found: dict[str, TaskResults]) -> str:
     rows = [head]
     for results in found.values():
         r = results.results
-        share, loss = [
+        share, exact, loss = [
             " · ".join(f"{x['learnt'][k]['tuned']:{form}} ({x['learnt'][k]['base']:{form}})" for x in r)
-            for k, form in (("behaves", ".0%"), ("loss", ".2f"))
+            for k, form in (("behaves", ".0%"), ("exact", ".0%"), ("loss", ".2f"))
         ]
+        least = " · ".join(f"{min(by_class(x).values()):.0%}" for x in r)
         leak = " · ".join(f"{x['leak']['prompt']:.2f}, {x['leak']['response']:.2f}: {x['leak']['shows']}" for x in r)
         base = " · ".join(f"{s:.2f}" for s in (results.seeds(BASE, "auroc") if BASE in results.runs else []))
-        rows.append([results.heading, str(r[0]["rows"]), ", ".join(str(x["seed"]) for x in r), share, loss, leak, base])
+        rows.append(
+            [
+                results.heading,
+                str(r[0]["rows"]),
+                ", ".join(str(x["seed"]) for x in r),
+                share,
+                least,
+                exact,
+                loss,
+                leak,
+                base,
+            ]
+        )
     notes = [f"\n\n{note}" for results in found.values() for note in results.left_out]
     return bench_tables.markdown(rows) + "".join(notes)
 

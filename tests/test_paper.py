@@ -390,6 +390,7 @@ def test_tables_and_figures_are_drawn_from_the_cells(
 
     monkeypatch.setattr(bench_module, "run_cell", made)
     monkeypatch.setattr(bench_module, "load", lambda spec: Loaded)
+    monkeypatch.setattr(bench_module, "base_sha256", lambda loaded: "sha")
     monkeypatch.setattr(bench_module, "tokens", lambda *a, **k: 1)
     monkeypatch.setattr(bench_module, "tokens_per_second", lambda *a: 1.0)
     assert "graddot@padded" in runs("all")

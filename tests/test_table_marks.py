@@ -45,6 +45,7 @@ def made(
         for s, kind in enumerate(sets.values()):
             level = 0.5 + 0.06 * ((k // 2 * 3 + s) % 5 - 2) + shift
             kind[run] = {x: np.clip(level + rng.normal(size=m) / 20, 0, 1).tolist() for x in HEADINGS}
+            kind[run]["query_independent_share"] = 0.1
             kind[run]["accuracy"] = (rng.random(m) < level + (0.3 if k % 3 else -0.3)).astype(float).tolist()
     leak = {"prompt": 0.75, "response": 0.25 + seed / 10, "shows": "prompt" if seed < 2 else "both"}
     return {
@@ -125,41 +126,49 @@ def test_the_papers_tables_are_corrected_over_all_their_tasks() -> None:
     found["mixed-small"].results[0]["learnt"]["learnt"] = False
     expected = told(
         {
-            (t, run, letter): [difference(r, run, ref, "accuracy")]
+            (f"{t} {group}", run, letter): [difference(r, run, ref, "accuracy", "reference", group)]
             for t, r in found.items()
+            for group in ("main", "benign")
             for letter, ref in REFERENCES.items()
             for run in r.runs
             if ref in r.runs and run != ref
         }
     )
     header, *rows = paper_rows("table2", found)
-    assert header == ["run", "mixed-small (behaviour not learnt)", "mixed-hard"]
+    assert header == [
+        "run",
+        "mixed-small (behaviour not learnt)",
+        "mixed-small: benign queries",
+        "mixed-hard",
+        "mixed-hard: benign queries",
+    ]
     table = {row[0]: row[1:] for row in rows}
-    assert table["the label shows on"] == ["prompt", "prompt, both"]  # the two seeds differ
-    assert table["AUROC of BM25: prompt, response"] == ["0.75, 0.25", "0.75, 0.35"]
-    low, mid, high = (f"{x:.2f}" for x in np.array(found["mixed-small"].interval("length", "auroc"))[[1, 0, 2]])
-    assert table["AUROC of the row's length alone `length`"][0] == f"{mid} ({low} to {high})"
+    assert table["the label shows on"] == ["prompt", "", "prompt, both", ""]  # the two seeds differ
+    assert table["AUROC of BM25: prompt, response"] == ["0.75, 0.25", "", "0.75, 0.35", ""]
+    area, top = (found["mixed-small"].values("length", m).mean() for m in ("auroc", "accuracy"))
+    assert table["AUROC, top-1 of the row's length alone `length`"][0] == f"{area:.2f}, {top:.2f}"
     for run in RUNGS:
-        for task, cell in zip(found, table[f"`{run}`"], strict=True):
+        columns = [(task, group) for task in found for group in ("main", "benign")]
+        for (task, group), cell in zip(columns, table[f"`{run}`"], strict=True):
             if run not in found[task].runs:  # a run that one task lacks costs the others nothing
                 assert cell == "–"
                 continue
-            value = 100 * found[task].values(run, "accuracy").mean()
+            value = 100 * found[task].values(run, "accuracy", group=group).mean()
             assert cell.startswith(f"{value:.0f} (")
             numbers, _, _ = cell.partition(" R") if " R" in cell else cell.partition(" B")
-            assert cell == numbers + wanted(expected, task, run)
-    assert table["chance"] == ["50 / 50", "50 / 50"]
+            assert cell == numbers + wanted(expected, f"{task} {group}", run)
+    assert table["chance"] == ["50 / 50"] * 4
     assert paper_rows("table4", found) == [["not run yet"]]
     # The paper's numbers stand in columns of their own, and every line is as long.
     backdoor = paper_rows("table4", {"backdoor-1": stacked("backdoor-1", 0)})
-    assert {len(row) for row in backdoor} == {3}
+    assert {len(row) for row in backdoor} == {3}  # no triggered queries, no column of them
     assert [row[2] for row in backdoor if row[0] == f"`{REPSIM}`"] == ["100/99.4"]
 
 
 def test_a_ladder_tells_of_every_step() -> None:
     gone = LADDER[3][1]
     some = [run for run in RUNGS if run != gone]
-    found = {"grammars": stacked("grammars", 1, 2, 3), "facts": stacked("facts", 1, names=some)}
+    found = {"grammars": stacked("grammars", 1, 2, 3), "mathqa": stacked("mathqa", 1, names=some)}
     above = {b: a for ladder in (LADDER, REPSIM_LADDER) for (_, a), (_, b) in pairwise(ladder)}
     expected = told(
         {
@@ -172,9 +181,9 @@ def test_a_ladder_tells_of_every_step() -> None:
     )
     assert {v for (_, _, letter), v in expected.items() if letter == "S"} == {"+", "−", "="}
     header, *rows = ladder_rows(found)
-    assert header == ["step (AUROC)", "grammars", "facts"]
+    assert header == ["step (AUROC)", "grammars", "mathqa"]
     assert rows[0][0] == "the label shows on"
-    assert rows[2][0] == "AUROC of the row's length alone `length`"
+    assert rows[2][0] == "AUROC, top-1 of the row's length alone `length`"
     lines = {row[0]: row[1:] for row in rows}
     for name, run in (*LADDER, *REPSIM_LADDER):
         for (task, r), cell in zip(found.items(), lines[f"{name} `{run}`"], strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,11 @@ def made(seed: int, right: float) -> dict[str, Any]:
     m = 40
     hit = (np.arange(m) < right * m).astype(float).tolist()
     zero, half = [0.0] * m, [0.5] * m
-    columns = lambda v: dict.fromkeys(HEADINGS, v)  # noqa: E731
+    columns = lambda v: dict.fromkeys(HEADINGS, v) | {"query_independent_share": 0.2}  # noqa: E731
     return {
         "task": "mixed-small", "seed": seed, "title": "t", "main": ["harmful"], "learnt": {"learnt": True},
         "queries": [{"id": j, "label": "x", "group": "harmful" if j % 2 else "benign"} for j in range(m)],
-        "chance": columns(half), "rows": 10, "recipe_options": {"rate": 1.0, "seed": seed},
+        "chance": dict.fromkeys(HEADINGS, half), "rows": 10, "recipe_options": {"rate": 1.0, "seed": seed},
         "model": "m", "scale": "cpu",
         "recipe": "sound", "fingerprint": "f", "model_sha256": "sha",
         "leak": {"prompt": 0.6, "response": 0.9, "shows": "response"},
@@ -40,7 +41,8 @@ def made(seed: int, right: float) -> dict[str, Any]:
             "graddot@padded": columns(hit),
             "repsim:layer=last,text=prompt": columns(zero),
             "bm25:text=both": columns(zero),
-            "length": columns(half),
+            "length": columns(half) | {"query_independent_share": 1.0},
+            "gradnorm@response": columns(hit) | {"query_independent_share": None},
         }},
     }  # fmt: skip
 
@@ -77,13 +79,15 @@ def test_a_task_s_table_counts_the_main_group_and_marks_what_is_significant() ->
 
 def test_the_papers_tables_say_where_the_label_shows_and_what_length_finds() -> None:
     found = {"mixed-small": two_seeds()}
-    heads, shows, words, lengths, first, *_ = paper_rows("table2", found)
-    assert heads == ["run", "mixed-small"]
-    assert shows[1] == "response"
+    heads, shows, words, lengths, norms, first, *_ = paper_rows("table2", found)
+    assert heads == ["run", "mixed-small", "mixed-small: benign queries"]
+    assert shows[1:] == ["response", ""]
     assert words[1] == "0.60, 0.90"
-    assert lengths[1] == "0.50 (0.50 to 0.50)"
-    assert first[1].startswith("75 (")
-    assert first[1].endswith("R+ B+")
+    assert lengths[1] == "0.50, 0.50"
+    assert norms[1] == "0.75, 0.75"
+    for cell in first[1:]:
+        assert cell.startswith("75 (")
+        assert cell.endswith("R+ B+")
     assert paper_rows("table4", found) == [["not run yet"]]
     found["mixed-small"].results[0]["results"]["reference"]["lissa@padded"] = {"error": "it diverges"}
     assert found["mixed-small"].failed == {"lissa@padded": "it diverges"}
@@ -92,12 +96,64 @@ def test_the_papers_tables_say_where_the_label_shows_and_what_length_finds() -> 
     assert paper_rows("table2", found)[0][1] == "mixed-small (behaviour not learnt)"
 
 
+def test_one_ranking_for_all_queries_of_one_class_has_no_interval_and_no_test() -> None:
+    """They are right or wrong together. Where the queries are of several classes they are not."""
+    results = two_seeds()
+    rows = {row[0]: row for row in task_rows(results)}
+    assert rows["`gradnorm@response`"][1] == "0.75 ≡"
+    assert rows["`length`"][1] == "0.50 ≡"
+    assert rows["`graddot@padded`"][1].endswith("R+ B+")
+    assert paper_rows("table2", {"mixed-small": results})[8][1:] == ["50 ≡ / 50"] * 2
+    lengths, norms = headline_rows({"mixed-small": results})[-3:-1]
+    assert [lengths[1], norms[1]] == ["0.50 ≡", "0.75 ≡"]
+    assert not results.fixed("graddot@padded")
+    for r in results.results:
+        for j, q in enumerate(r["queries"]):
+            q["label"] = f"{q['group']} {j % 4}"
+    assert not results.fixed("gradnorm@response")
+    assert "R+ B+" in {row[0]: row[1] for row in task_rows(results)}["`gradnorm@response`"]
+
+
+def test_wordings_of_one_question_are_one_witness() -> None:
+    results = replace(two_seeds(), task="facts")
+    for r in results.results:
+        for j, q in enumerate(r["queries"]):
+            q["label"] = f"entity {j // 10}"
+    values = results.values("graddot@padded", "auroc")
+    assert values.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]  # 20 main queries, five of each entity
+    assert results.chance("auroc") == 0.5
+    by_query = replace(results, task="mixed-small").interval("graddot@padded", "auroc")
+    by_entity = results.interval("graddot@padded", "auroc")
+    assert by_entity.value == by_query.value
+    assert by_entity.low < by_query.low
+
+
+def test_the_same_queries_under_every_seed_are_one_witness_together() -> None:
+    results = two_seeds()
+    rng = np.random.default_rng(0)
+    for r in results.results:
+        for run in ("graddot@padded", "bm25:text=both"):
+            r["results"]["reference"][run]["auroc"] = (rng.random(40) + (run[0] == "g") / 5).tolist()
+    key, several = ("B", "graddot@padded"), against([results], pairs(["graddot@padded"], results.runs), "auroc")
+    for r in results.results:
+        r["queries_sha256"] = "the same"
+    assert results.same_queries
+    together = against([results], pairs(["graddot@padded"], results.runs), "auroc")
+    assert together[key].value == pytest.approx(several[key].value)
+    a, b = (results.values(run, "auroc") for run in ("graddot@padded", "bm25:text=both"))
+    assert together[key].p == pytest.approx(compare(a, b, draws=99_999).p)
+    assert together[key].p > several[key].p
+    assert results.interval("graddot@padded", "auroc") == interval(a)
+    results.results[1]["queries_sha256"] = "others"
+    assert not results.same_queries
+
+
 def test_a_step_of_the_ladder_is_held_against_the_rung_above() -> None:
     results = two_seeds()
     for r in results.results:
         there = r["results"]["reference"]
-        there["graddot@all"] = dict.fromkeys(HEADINGS, [1.0] * 40)
-        there["graddot@response"] = dict.fromkeys(HEADINGS, [1.0] * 40)
+        same = dict.fromkeys(HEADINGS, [1.0] * 40) | {"query_independent_share": 0.3}
+        there |= {"graddot@all": same, "graddot@response": same}
     rows = {row[0].split("`")[1]: row[1] for row in ladder_rows({"mixed-small": results}) if "`" in row[0]}
     assert rows["graddot@padded"].endswith("R+ B+")  # the first rung has none above it
     assert rows["graddot@all"].endswith("R+ B+ S+")

@@ -20,10 +20,11 @@ from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import results, retraining, tasks, truth
 from datablame.evaluation.cell import Cell
+from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.retraining import Job, Retrained
 from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import REFERENCES
-from datablame.evaluation.truth_tables import lds_rows, load_truth, removal_rows, truth_text, truth_title
+from datablame.evaluation.truth_tables import estimate, lds_rows, load_truth, removal_rows, truth_text, truth_title
 from datablame.models import ModelSpec, load
 
 __all__ = ["one_task"]  # a fixture that every test here uses
@@ -143,7 +144,7 @@ def test_a_training_that_another_process_does_comes_last_and_is_waited_for(
 
 @pytest.fixture
 def sha(model_dir: Path) -> str:
-    return load(ModelSpec(str(model_dir))).model_sha256
+    return base_sha256(load(ModelSpec(str(model_dir))))
 
 
 REPSIM, BM25 = REFERENCES["R"], REFERENCES["B"]
@@ -159,9 +160,9 @@ def test_methods_are_held_against_retraining(
     cell = Cell(str(model_dir), "tiny", "smoke", 0)
     (path,) = truth.against_retraining([(cell, tiny())], sha, "removal", out, runs=WANTED)
     found = json.loads(path.read_text())
-    assert list(found["after"]) == ["nothing", *WANTED, "chance", "the right rows"]
+    assert list(found["after"]) == ["nothing", *WANTED, "chance", "the right rows", truth.AGAIN]
     assert found["dropped"] == 3
-    assert all(len(a["rows"]) == 3 for name, a in found["after"].items() if name != "nothing")
+    assert all(len(a["rows"]) == 3 for name, a in found["after"].items() if not name.startswith("nothing"))
     assert found["after"]["the right rows"]["right"] == 3
     assert found["model"] == model_dir.name  # and no path of this machine
     whole = job(model_dir, list(range(6)), generate=True).found(tmp_path / "cache" / "retrained" / sha[:16])
@@ -252,10 +253,11 @@ def test_the_fingerprint_is_of_all_that_decides(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_is_removed_by_default_compares_masks_and_is_affordable() -> None:
-    assert len(truth.REMOVED) <= 8
+    assert len(truth.REMOVED) <= 10
     assert set(truth.REMOVED) <= set(runs("all"))
-    for method in ("gradcos", "exact:damping=1.0,unit=rank"):
-        assert {f"{method}@response", f"{method}@all"} <= set(truth.REMOVED)
+    for spec in truth.REMOVED:  # each that looks at the loss with the prompt in it and without
+        method, _, view = spec.partition("@")
+        assert not view or {f"{method}@response", f"{method}@all"} <= set(truth.REMOVED)
     methods = {r.partition("@")[0].partition(":")[0] for r in truth.REMOVED}
     assert methods == {"graddot", "gradcos", "datainf", "exact", "repsim", "bm25"}
 
@@ -272,7 +274,7 @@ def test_the_command_prints_the_table(
     code, said, err = run("bench", "retrain", "tiny", "--truth", "removal", *options, *chosen)
     assert code == 0, err
     assert "tiny: 3 of 6 rows dropped, 2 queries of no; seeds 0, 1" in said
-    assert "the right rows" in said
+    assert truth.CHANCE in said
     assert (out / model_dir.name / "smoke" / "tiny-sound-s1-removal.json").exists()
     code, _, err = run("bench", "retrain", "tiny", "--truth", "removal", *options, *chosen)
     assert code == 0
@@ -287,10 +289,10 @@ def test_the_command_prints_the_table(
 
 
 def removed(seed: int, good: float) -> dict[str, Any]:
-    """A result whose losses rise by `good` for gradcos, by .1 for chance and RepSim."""
+    """A result whose losses rise by `good` for gradcos, by .1 for chance and RepSim, and not from training alone."""
     m, rng = 20, np.random.default_rng(seed)
     base = rng.uniform(1, 2, m)
-    rises = {"gradcos@response": good, REPSIM: 0.1, truth.CHANCE: 0.1, truth.RIGHT: 2 * good}
+    rises = {"gradcos@response": good, REPSIM: 0.1, truth.CHANCE: 0.1, truth.RIGHT: 2 * good, truth.AGAIN: 0.0}
     after = {truth.NOTHING: {"rows": [], "right": 0, "loss": base.tolist(), "behaves": [True] * m}}
     for name, rise in rises.items():
         loss = (base + rise + rng.normal(scale=0.01, size=m)).tolist()
@@ -301,35 +303,83 @@ def removed(seed: int, good: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_removal_is_told_against_nothing_with_tests_against_chance_and_repsim() -> None:
+def test_removal_is_told_against_nothing_beside_what_training_alone_changes() -> None:
+    """Queries of a seed share its trainings: there is no mark of significance."""
     results = [removed(0, 0.4), removed(1, 0.5)]
-    head, nothing, good, repsim, chance, right = removal_rows(results)
-    assert len(head) == len(nothing) == len(good) == 5
+    head, nothing, again, good, repsim, chance, right = removal_rows(results)
+    assert {len(row) for row in removal_rows(results)} == {len(head)} == {6}
     assert nothing[0] == "nothing"
     base = np.mean([r["after"]["nothing"]["loss"] for r in results])
     assert nothing[2] == f"(loss {base:.3f})"
     assert nothing[4] == "(100% show it)"
+    assert again[:2] == [truth.AGAIN, ""]
+    assert float(again[2].partition(" (")[0]) == pytest.approx(0, abs=0.01)
     assert good[:2] == ["`gradcos@response`", "50%"]
     value, _, rest = good[2].partition(" (")
     assert float(value) == pytest.approx(0.45, abs=0.01)
     low, high = (float(x) for x in rest.partition(")")[0].split(" to "))
     assert 0.38 < low < 0.42  # the seeds are drawn, too
     assert 0.48 < high < 0.52
-    assert good[2].endswith(") C+ R+")
     assert [float(s) for s in good[3].split()] == pytest.approx([0.4, 0.5], abs=0.01)
     assert good[4].startswith("45% (")
-    assert good[4].endswith("C+ R+")
-    assert repsim[2].endswith(") C=")
-    assert chance[2].endswith(") R=")
-    assert right[2].endswith("C+ R+")
-    worse = [removed(s, 0.0) for s in (0, 1)]
-    assert removal_rows(worse)[2][2].endswith("C− R−")
+    assert good[5] == "40% 50%"
+    for row in (again, good, repsim, chance, right):
+        assert row[2].endswith(")")
+        assert row[4].endswith(")")
+
+
+def scored(scores: np.ndarray[Any, Any], sets: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> dict[str, Any]:
+    return truth._told(lambda some: retraining.lds(scores, sets[some], losses[some]), len(sets))
+
+
+def test_the_error_of_an_lds_is_that_of_other_half_sets() -> None:
+    """The jackknife's standard error against the spread over many draws of 16 half-sets, under shared noise."""
+    rng = np.random.default_rng(0)
+    n, m = 30, 12
+    effects = rng.normal(size=(m, n))
+    scores = effects + rng.normal(size=(m, n))
+
+    def drawn(seed: int) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        sets = retraining.half_sets(n, 16, seed)
+        shared = 3 * rng.normal(size=(16, 1))  # a training's noise is in the loss of every query
+        return scored(scores, sets, -(sets @ effects.T) + shared + 0.3 * rng.normal(size=(16, m)))
+
+    found = [drawn(seed) for seed in range(200)]
+    spread = np.std([f["value"] for f in found])
+    said = np.mean([f["standard_error"] for f in found])
+    assert 0.8 < said / spread < 1.5
+    of_queries = np.mean([np.std(f["queries"]) / m**0.5 for f in found])
+    assert of_queries < 0.8 * spread  # what an interval over queries would say
+    holds = [i.low < np.mean([f["value"] for f in found]) < i.high for i in (estimate([f]).interval() for f in found)]
+    assert np.mean(holds) > 0.9
+    together = estimate(found[:3])
+    assert together.value == pytest.approx(np.mean([f["value"] for f in found[:3]]))
+    assert together.error == pytest.approx(sum(f["standard_error"] ** 2 for f in found[:3]) ** 0.5 / 3, rel=1e-3)
+    assert together.freedom == 45
+
+
+def test_two_methods_are_held_against_each_other_on_the_same_half_sets() -> None:
+    rng = np.random.default_rng(1)
+    effects, sets = rng.normal(size=(8, 30)), retraining.half_sets(30, 16, 0)
+    losses = -(sets @ effects.T) + 2 * rng.normal(size=(16, 1))
+    good, same = (scored(effects + s * rng.normal(size=effects.shape), sets, losses) for s in (0.2, 0.2))
+    bad = scored(rng.normal(size=effects.shape), sets, losses)
+    assert estimate([good], [bad]).tested().p < 0.01
+    assert estimate([good], [same]).tested().p > 0.05
+    assert estimate([good], [good]).tested() == (0.0, 1.0)
+    apart = estimate([good], [same])
+    alone = (estimate([good]).error ** 2 + estimate([same]).error ** 2) ** 0.5
+    assert apart.error < alone  # the noise that both share is gone
 
 
 def test_lds_stands_by_view_beside_the_ceiling_and_the_class() -> None:
     def result(seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
-        near = lambda v: {"queries": (v + rng.normal(scale=0.02, size=10)).tolist()}  # noqa: E731
+
+        def near(v: float, spread: float = 0.002) -> dict[str, Any]:
+            return {"value": v, "without": (v + rng.normal(scale=spread, size=16)).tolist()}
+
         found = {
             "gradcos@response": near(0.2),
             "gradcos@all": near(0.7),
@@ -339,20 +389,20 @@ def test_lds_stands_by_view_beside_the_ceiling_and_the_class() -> None:
         return {
             "version": truth.VERSION, "kind": "lds", "task": "mathqa", "seed": seed, "rows": 100, "queries": 10,
             "half_sets": 16, "runs": list(found), "lds": found, "knowing_the_class": near(0.6),
-            "noise_ceiling": {"queries": [0.64] * 10},
+            "noise_ceiling": near(0.64, 0.0),
         }  # fmt: skip
 
     head, gradcos, repsim, classes, agreement, one, both = lds_rows([result(0), result(1)])
     assert head == ["method", "response", "all", "padded", "no view"]
     assert gradcos[0] == "`gradcos`"
-    assert [float(c[:4]) for c in gradcos[1:4]] == pytest.approx([0.2, 0.7, 0.1], abs=0.02)
+    assert [float(c[:4]) for c in gradcos[1:4]] == [0.2, 0.7, 0.1]
     assert [c[-2:] for c in gradcos[1:4]] == ["R−", "R+", "R−"]
     assert gradcos[4] == repsim[1] == ""
-    assert [float(c[-1][:4]) for c in (repsim, classes)] == pytest.approx([0.5, 0.6], abs=0.02)
+    assert [float(c[-1][:4]) for c in (repsim, classes)] == [0.5, 0.6]
     assert agreement[-1] == "0.64 (0.64 to 0.64)"
     assert one[-1] == "0.80 (0.80 to 0.80)"
     assert both[-1] == "0.88 (0.88 to 0.88)"  # √(1.28/1.64)
-    unlike = result(0) | {"noise_ceiling": {"queries": [-0.1] * 10}}
+    unlike = result(0) | {"noise_ceiling": {"value": -0.1, "without": [-0.1] * 16}}
     assert lds_rows([unlike])[-1][-1] == "0.00 (0.00 to 0.00)"
 
 

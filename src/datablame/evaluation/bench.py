@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +12,17 @@ from typing import Any
 
 from datablame.environment import environment
 from datablame.errors import UserError, nearest
-from datablame.evaluation.cell import ANSWERED, RECIPES, VERSION, Cell, fingerprint, folder_of, opened, run_cell
+from datablame.evaluation.cell import (
+    ANSWERED,
+    FEATURES,
+    RECIPES,
+    VERSION,
+    Cell,
+    fingerprint,
+    folder_of,
+    opened,
+    run_cell,
+)
 from datablame.evaluation.costly import costly_results, groups
 from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.forecast import Plan, tokens, tokens_per_second
@@ -20,6 +32,7 @@ from datablame.evaluation.tasks.base import check_scale
 from datablame.indexing import SILENT, Reporter, duration
 from datablame.locks import alone
 from datablame.models import ModelSpec, cache_dir, load
+from datablame.scores import check_out
 
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "paper": (0, 1, 2)}
 SMOKE_TASKS = ("mixed-small", "grammars", "backdoor-1")
@@ -41,23 +54,29 @@ def bench(
     dtype: str | None = None,
     keep: bool = False,
     dry: bool = False,
+    strict: bool = True,
+    with_costly: bool = True,
     reporter: Reporter = SILENT,
 ) -> list[Path]:
     """Run every cell without a result, and write each into `out` as soon as it is done; where all results are to be.
 
     Several processes may run the same command at once: each takes cells that no other has begun.
     A cell is a task, a seed and a recipe (`sound`, or `paper`: the paper's own fine-tune, first seed only).
-    `methods` as in `suites.runs`; without it one cell has `suites.costly` too. `dry` only plans and forecasts.
+    `methods` as in `suites.runs`; without it one cell has `suites.costly` too, but for `with_costly=False`. `dry` only
+    plans and forecasts.
     layers: cells with a LoRA in some blocks only, such as `0,1,2,3`; None: in all.
+    strict: end with an error when, under the sound recipe at a scale above `smoke`, a fine-tune of all layers has not
+        learnt its behaviour; else tables mark it.
 
-    Raises UserError for an unknown name, and, at the end, when under the sound recipe at a scale above `smoke` a
-    fine-tune of all layers has not learnt its behaviour.
+    Raises UserError for an unknown name, for an `out` that cannot be written to, and see `strict`.
     """
     check_scale(scale)
+    if not dry:
+        check_out(Path(out))
     if dtype == "float64":
         raise UserError("--dtype float64: attention over padding is not finite in it (the padded view). Use float32.")
     given = {k: v for k, v in (sources or {}).items() if v is not None}
-    cells = _wanted(_cells(model, scale, tasks, seeds, recipes, given, layers), suite, methods)
+    cells = _wanted(_cells(model, scale, tasks, seeds, recipes, given, layers), suite, methods, with_costly)
     paths = {cell: result_path(Path(out), cell) for cell in cells}
     loaded = load(ModelSpec(model, None, device, dtype))
     model_sha256 = base_sha256(loaded)
@@ -68,16 +87,19 @@ def bench(
         return list(paths.values())
     how: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "reporter": reporter}
     for cell, task, _ in plan.cells:
-        _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given), how)
-    if scale != "smoke":
+        _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given, methods, dtype), how)
+    if strict and scale != "smoke":
         _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound" and cell.layers is None])
     return list(paths.values())
 
 
-def _wanted(cells: Sequence[Cell], suite: Suite, methods: str | None) -> dict[Cell, list[str]]:
+def _wanted(cells: Sequence[Cell], suite: Suite, methods: str | None, with_costly: bool) -> dict[Cell, list[str]]:
     """The runs of each cell. Raises UserError for an unknown suite, method or view."""
     usual = runs(suite, methods)
-    of_one = {c: () if methods or c.layers else costly(c.rows, c.scale, c.seed, c.recipe, suite) for c in cells}
+    of_one = {
+        c: () if methods or c.layers or not with_costly else costly(c.rows, c.scale, c.seed, c.recipe, suite)
+        for c in cells
+    }
     return {cell: [*usual, *more] for cell, more in of_one.items()}
 
 
@@ -94,8 +116,10 @@ def _run(
         reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
         usual = [run for run in missing if not beyond(run)]
         if usual or not _there(path, fingerprint(cell, task, model_sha256)):
-            result = run_cell(cell, task, usual, work, model_sha256, **how)
+            result = run_cell(cell, task, usual, work, model_sha256, **{k: v for k, v in how.items() if k != "keep"})
             save(path, _complete(result | {"model_sha256": model_sha256, "command": command} | environment()))
+            if not how["keep"]:
+                shutil.rmtree(work / folder_of(cell, task, model_sha256) / FEATURES, ignore_errors=True)
         if by_need := groups(missing):
             _add_costly(cell, task, by_need, path, model_sha256, how)
     result = read_result(path) or {}
@@ -122,9 +146,11 @@ def _complete(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"seconds": seconds | {"all": round(sum(seconds.values()), 1)}}
 
 
-def _command(cell: Cell, sources: dict[str, str]) -> str:
+def _command(cell: Cell, sources: dict[str, str], methods: str | None, dtype: str | None) -> str:
     """What makes this cell again."""
     given = f" --layers {cell.layers}" if cell.layers else ""
+    given += f" --methods {shlex.quote(methods)}" if methods else ""
+    given += f" --dtype {dtype}" if dtype else ""
     given += "".join(f" --{k} {k.upper()}" for k in sources if k in takes(cell.task))
     return (
         f"datablame bench run --model {cell.described()['model']} --scale {cell.scale} --tasks {cell.task} "
@@ -198,6 +224,13 @@ def check_model(path: Path, result: Mapping[str, Any] | None, model_sha256: str)
         )
 
 
+def _check_files(cell: Cell, path: Path, expected: str) -> None:
+    """Raise UserError where a result of other files than the user's now lies in this place."""
+    old = read_result(path)
+    if old is not None and old["fingerprint"] != expected and (cell.sources or cell.task in RELEASED):
+        raise UserError(f"{path}: there is a result of other rows. Give another --out, or delete that result.")
+
+
 def _plan(
     cells: Mapping[Cell, Sequence[str]], paths: Mapping[Cell, Path], model_sha256: str, sources: dict[str, str]
 ) -> Plan:
@@ -207,6 +240,7 @@ def _plan(
         task = build(cell.task, cell.scale, cell.seed, **{k: v for k, v in sources.items() if k in known})
         path, expected = paths[cell], fingerprint(cell, task, model_sha256)
         check_model(path, read_result(path), model_sha256)
+        _check_files(cell, path, expected)
         missing = lacking(path, expected, wanted)
         if missing:
             left.append((cell, task, missing))
@@ -227,14 +261,20 @@ def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
     """The runs that a result file does not hold; all of them where there is none, or one of another fingerprint.
 
     All, too, where the numbers on the model's own answers are wrong (see cell.ANSWERED). Those on features of their
-    own are lacking where they were captured with other options.
+    own are lacking where they were captured with other options, and those that failed are tried again, unless they
+    were refused for a limit, which is no failure.
     """
     found = read_result(path)
     if found is None or not _there(path, expected):
         return list(wanted)
     captured = {run: need.spelling for run in wanted if (need := beyond(run))}
     sets = found["results"].values()
-    return [r for r in wanted if any(r not in s or s[r].get("captured") != captured.get(r) for s in sets)]
+
+    def lacks(run: str, there: Mapping[str, Any]) -> bool:
+        kept = there.get(run, {"error": "not there"})
+        return ("error" in kept and "limit" not in kept) or kept.get("captured") != captured.get(run)
+
+    return [run for run in wanted if any(lacks(run, there) for there in sets)]
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -249,9 +289,17 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a result; runs of an earlier one with the same fingerprint stay, but for wrong ones (see ANSWERED)."""
+    """Write a result; runs of an earlier one with the same fingerprint stay, but for wrong ones (see ANSWERED).
+
+    So does the command that made those, where it was another.
+    """
     old = read_result(path)
     if old is not None and old["fingerprint"] == result["fingerprint"]:
+        before = str(old.get("command", ""))
+        if result.get("command", "") not in before:
+            result["command"] = f"{before} && {result['command']}"
+        else:
+            result["command"] = before
         for kind, found in result["results"].items():
             wrong = kind == "generated" and old.get("answered") != result.get("answered")
             result["results"][kind] = found if wrong else old["results"].get(kind, {}) | found

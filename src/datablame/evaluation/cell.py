@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -122,19 +121,15 @@ def run_cell(
     *,
     device: str | None = None,
     dtype: str | None = None,
-    keep: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Everything for one cell; the result as `benchmarks/results/` keeps it. `keep` leaves the feature stores."""
+    """Everything for one cell; the result as `benchmarks/results/` keeps it. The feature stores are there still."""
     o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
     stores = o.timed("features", lambda: features(o.rows, o.folder / FEATURES, o.loaded, o.encoder, reporter=reporter))
     scored = o.timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in RESPONSES})
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, o.said, stores["reference"])
-    result |= {"answered": ANSWERED, "results": kept_results(task, scored, o.folder), "seconds": o.seconds}
-    if not keep:
-        shutil.rmtree(o.folder / FEATURES)
-    return result
+    return result | {"answered": ANSWERED, "results": kept_results(task, scored, o.folder), "seconds": o.seconds}
 
 
 @dataclass(frozen=True)
@@ -216,6 +211,7 @@ def _described(cell: Cell, task: Task, said: Mapping[str, Sequence[str]], refere
             {"id": e.id, "label": e.label, "group": g, "answer": a, "behaves": bool(task.behaves(e, a))}
             for e, g, a in zip(task.queries, task.groups, said["tuned"], strict=True)
         ],
+        "queries_sha256": hashlib.sha256(json.dumps([e.messages for e in task.queries]).encode()).hexdigest(),
         "chance": {k: rounded(v) for k, v in metrics.chance(task.truth, n_classes(task)).items()},
     }
 
@@ -301,16 +297,26 @@ def features(
 
 
 def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureStore) -> dict[str, Any]:
-    """Did the fine-tune teach the behaviour? Share of answers that show it, and loss per response token."""
+    """Did the fine-tune teach the behaviour, in every main group of queries?
+
+    behaves: share of answers that show it, by the task's own judge, which says what is asked for and not whether all of
+    it is right; exact: share that is the reference response, letter by letter; loss: per response token.
+    """
     shows = {who: [task.behaves(e, a) for e, a in zip(task.queries, said[who], strict=True)] for who in said}
     loss = token_loss(reference)
     behaves = {who: float(np.mean(shows[who])) for who in shows}
+    exact = {
+        who: float(np.mean([e.response.strip() == a.strip() for e, a in zip(task.queries, said[who], strict=True)]))
+        for who in said
+    }
     by_group = {
         g: {who: float(np.mean([s for s, h in zip(shows[who], task.groups, strict=True) if h == g])) for who in shows}
         for g in dict.fromkeys(task.groups)
     }
-    learnt = behaves["tuned"] >= max(LEARNT, behaves["base"]) and loss["tuned"] < LOSS_LEFT * loss["base"]
-    return {"learnt": bool(learnt), "behaves": behaves, "by_group": by_group, "loss": loss}
+    learnt = loss["tuned"] < LOSS_LEFT * loss["base"] and all(
+        by_group[g]["tuned"] >= max(LEARNT, by_group[g]["base"]) for g in task.main
+    )
+    return {"learnt": bool(learnt), "behaves": behaves, "by_group": by_group, "exact": exact, "loss": loss}
 
 
 def token_loss(store: FeatureStore) -> dict[str, float]:
@@ -321,6 +327,6 @@ def token_loss(store: FeatureStore) -> dict[str, float]:
 
 
 LEARNT = 0.7
-"""Share of the queries that the tuned model must answer as their class asks, and not fewer than the base model."""
+"""Share of the queries of each main group to be answered as their class asks, and not fewer than by the base model."""
 LOSS_LEFT = 0.8
 """Share of the base model's loss on the reference responses that it must come below."""

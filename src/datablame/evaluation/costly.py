@@ -61,7 +61,7 @@ def costly_results(
     Where the features cannot be captured, every run says why.
     """
     start, refused = time.perf_counter(), {run: why for run in runs if (why := _refused(run, task))}
-    scored: Results = {s: {run: Scored(None, why, 0.0) for run, why in refused.items()} for s in RESPONSES}
+    scored: Results = {s: {run: Scored(None, why, 0.0, limit=True) for run, why in refused.items()} for s in RESPONSES}
     left, seconds = [run for run in runs if run not in refused], 0.0
     steps: list[int] = []
     folder = o.folder / f"{re.sub('[^a-z0-9]+', '-', need.spelling)}-{SCHEMA}"

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
     Values = Float[np.ndarray, "s m"]
 
 Key = TypeVar("Key", bound=Hashable)
+
+BY_ENTITY = ("facts",)
+"""Tasks whose queries of one label are wordings of one question: one witness each label, and not one each query."""
+FIXED = 0.9
+"""A query-independent share above it: next to one ranking for all queries."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,32 @@ class TaskResults:
         return ["main", *dict.fromkeys(q["group"] for q in self.results[0]["queries"])]
 
     def values(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> Values:
-        """`[seeds, queries]` of one group. kind: `reference` or `generated` responses."""
-        return np.array([_of_group(r, r["results"][kind][run][metric], group) for r in self.results])
+        """`[seeds, queries]` of one group, or their means by label (BY_ENTITY). kind: `reference` or `generated`."""
+        return np.array([self._witnesses(r, r["results"][kind][run][metric], group) for r in self.results])
+
+    def _witnesses(self, result: dict[str, Any], values: Sequence[float], group: str) -> list[float]:
+        if self.task not in BY_ENTITY:
+            return _of_group(result, values, group)
+        by_label: dict[str, list[float]] = {}
+        labels = _of_group(result, [q["label"] for q in result["queries"]], group)
+        for label, value in zip(labels, _of_group(result, values, group), strict=True):
+            by_label.setdefault(label, []).append(value)
+        return [float(np.mean(v)) for v in by_label.values()]
+
+    @property
+    def same_queries(self) -> bool:
+        """Does every seed ask the very same queries, as the released files do? They are then one witness together."""
+        asked = {r.get("queries_sha256", r["seed"]) for r in self.results}
+        return len(self.results) > 1 and len(asked) == 1
+
+    def fixed(self, run: str, kind: str = "reference", group: str = "main") -> bool:
+        """Is it next to one ranking for all queries, and are these of one class?
+
+        Then all of them are right or wrong together: one witness, for which there is neither interval nor test.
+        """
+        found = [r["results"][kind][run]["query_independent_share"] for r in self.results]
+        classes = [set(_of_group(r, [q["label"] for q in r["queries"]], group)) for r in self.results]
+        return all(len(c) == 1 for c in classes) and any(share is None or share > FIXED for share in found)
 
     def chance(self, metric: str, group: str = "main") -> float:
         """What a random order gets."""
@@ -107,7 +137,7 @@ class TaskResults:
 
     def interval(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> Interval:
         """Mean and 95 % interval: seeds drawn, then queries within them, which differ from seed to seed."""
-        return interval(self.values(run, metric, kind, group), same_queries=False)
+        return interval(self.values(run, metric, kind, group), same_queries=self.same_queries)
 
     def intervals(
         self, cells: Sequence[tuple[str, str]], kind: str = "reference", group: str = "main"
@@ -116,7 +146,7 @@ class TaskResults:
         if not cells:
             return {}
         values = np.array([self.values(run, metric, kind, group) for run, metric in cells])
-        return dict(zip(cells, intervals(values, same_queries=False), strict=True))
+        return dict(zip(cells, intervals(values, same_queries=self.same_queries), strict=True))
 
     def behaving(self, run: str | None, metric: str) -> list[Float[np.ndarray, " m"]]:
         """For the model's own answers: the main queries of each seed whose answer shows its class's behaviour.
@@ -135,7 +165,16 @@ class TaskResults:
         return [float(v) for v in self.values(run, metric, kind, group).mean(axis=1)]
 
 
-def _of_group(result: dict[str, Any], values: Sequence[float], group: str) -> list[float]:
+def by_class(result: Mapping[str, Any]) -> dict[str, float]:
+    """Share of the answers to the main queries of each class that show what the class asks for."""
+    shown: dict[str, list[bool]] = {}
+    for q in result["queries"]:
+        if q["group"] in result["main"]:
+            shown.setdefault(str(q["label"]), []).append(q["behaves"])
+    return {label: float(np.mean(s)) for label, s in shown.items()}
+
+
+def _of_group(result: dict[str, Any], values: Sequence[Any], group: str) -> list[Any]:
     wanted = result["main"] if group == "main" else [group]
     return [v for v, q in zip(values, result["queries"], strict=True) if q["group"] in wanted]
 
@@ -174,6 +213,19 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
         task = task if task in every else next(iter(every))
         every[task] = replace(every[task], left_out=[note, *every[task].left_out])
     return every
+
+
+def joined(every: Mapping[str, TaskResults], tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, TaskResults]:
+    """Those tasks with those seeds. Raises UserError naming what is not there."""
+    for task in tasks:
+        there = {r["seed"] for r in every[task].results} if task in every else set()
+        if lacks := [str(s) for s in seeds if s not in there]:
+            notes = every[task].left_out if task in every else []
+            raise UserError(
+                f"{task}: no result of seed {', '.join(lacks)}. Where another process is at it, run this again once it "
+                f"has ended. {' '.join(notes)}".strip()
+            )
+    return {task: every[task].of_seeds(seeds) for task in tasks}
 
 
 def of_one_kind(task: str, recipe: str, results: Sequence[dict[str, Any]]) -> TaskResults:
@@ -252,18 +304,26 @@ def against(
 ) -> dict[Key, Tested]:
     """For each pair its first run minus its second on the same queries: the mean over tasks of the mean differences.
 
-    The test is that of `intervals.compare`, every query of every seed its own. p-values as they are: correct them over
-    the table.
+    The test is that of `intervals.compare`, every query of every seed its own where they differ. Pairs with a run that
+    is `fixed` are left out. p-values as they are: correct them over the table.
     """
+    fixed = cache(lambda run: any(t.fixed(run, kind, group) for t in tasks))
+    pairs = {key: pair for key, pair in pairs.items() if not any(map(fixed, pair))}
     if not pairs:
         return {}
     needed = dict.fromkeys(run for pair in pairs.values() for run in pair)
     values = {
-        run: np.concatenate([_share(t.values(run, metric, kind, group), len(tasks)) for t in tasks]) for run in needed
+        run: np.concatenate([_share(_asked(t, t.values(run, metric, kind, group)), len(tasks)) for t in tasks])
+        for run in needed
     }
     d = np.array([values[a] - values[b] for a, b in pairs.values()])
     p = flip_test(d, draws=TABLE_DRAWS)
     return {key: Tested(float(x.sum()), float(q)) for key, x, q in zip(pairs, d, p, strict=True)}
+
+
+def _asked(results: TaskResults, values: Values) -> Values:
+    """Each query once: its mean over the seeds, where all ask it."""
+    return values.mean(axis=0, keepdims=True) if results.same_queries else values
 
 
 def _share(values: Values, tasks: int) -> Float[np.ndarray, " s*m"]:

@@ -201,6 +201,12 @@ def lds(
     return rank_correlations(-(scores @ sets.T.astype(np.float64)), losses.T)
 
 
+def standard_error(without: Float[np.ndarray, " s"]) -> float:
+    """Of a statistic of s sets, from its values without each of them: the jackknife (Tukey 1958)."""
+    s = len(without)
+    return float(np.sqrt((s - 1) / s * ((without - without.mean()) ** 2).sum()))
+
+
 def rank_correlations(a: Float[np.ndarray, "m s"], b: Float[np.ndarray, "m s"]) -> Float[np.ndarray, " m"]:
     """Spearman's correlation of each row; 0 where one of the two does not vary."""
     from scipy.stats import rankdata

@@ -32,13 +32,14 @@ if TYPE_CHECKING:
 class Scored(NamedTuple):
     """What a run gave: `[m, n]`, or why not; and the seconds that it took, features read from disk included.
 
-    residual: of a solver, the median over queries and blocks.
+    residual: of a solver, the median over queries and blocks. limit: was it refused for one, and not tried?
     """
 
     values: Matrix | None
     error: str
     seconds: float
     residual: float | None = None
+    limit: bool = False
 
 
 class CellInputs(Inputs):
@@ -82,9 +83,9 @@ def score_runs(
             values = _checked(CellInputs(train, queries, view, product).score(method), len(queries), len(train))
             residual = _residual(method)
         except UserError as e:
-            error = str(e)
+            values, error = None, str(e)
         except Exception as e:  # a method of a user's own may raise what it likes
-            error = f"{type(e).__name__}: {e}"
+            values, error = None, f"{type(e).__name__}: {e}"
         out[run] = Scored(values, error, round(time.perf_counter() - start, 2), residual)
         reporter.advance(1)
     reporter.end()
@@ -99,7 +100,12 @@ def _noise(train: FeatureStore) -> int:
 def _residual(method: Method) -> float | None:
     """The median that a solver left; None for what does not solve."""
     left = getattr(method, "residual", None)
-    return float(np.median(next(iter(left.values())).numpy())) if isinstance(left, dict) and left else None
+    if not isinstance(left, dict) or not left:
+        return None
+    median = float(np.median(next(iter(left.values())).numpy()))
+    if not np.isfinite(median):
+        raise UserError("what its solver left is not finite.")
+    return median
 
 
 def _checked(values: Matrix, m: int, n: int) -> Matrix:
@@ -119,7 +125,7 @@ def measured(task: Task, run: str, scored: Scored) -> dict[str, Any]:
     """
     values = scored.values
     if values is None:
-        return {"error": scored.error, "seconds": scored.seconds}
+        return {"error": scored.error, "seconds": scored.seconds} | ({"limit": True} if scored.limit else {})
     share = query_independent_share(values)
     found: dict[str, Any] = {k: rounded(v) for k, v in metrics.per_query(values, task.truth, n_classes(task)).items()}
     found["query_independent_share"] = round(share, 5) if np.isfinite(share) else None

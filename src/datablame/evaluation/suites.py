@@ -151,6 +151,7 @@ HEADLINE = (
     ("RepSim, middle layer, mean over the response", "repsim:layer=middle,text=response"),
     ("BM25", "bm25:text=both"),
     ("the row's length alone", "length"),
+    ("the norm of the row's gradient alone", "gradnorm@response"),
 )
 """The rungs that a reader who sees one table should see."""
 EXACTNESS = tuple(

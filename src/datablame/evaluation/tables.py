@@ -2,6 +2,7 @@
 
 In every table a cell says how it differs from the paper's RepSim (R) and from BM25 (B), in a ladder also from the rung
 above it (S): `R+ B=` is better than RepSim, and no different from BM25, at 5 % after Holm's correction over the table.
+`≡` stands in place of interval and tests where a run has one ranking for all queries, which are of one class.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from datablame.evaluation.suites import FAMILIES, HEADLINE, LADDER, REPSIM_LADDE
 
 REFERENCES = {"R": "repsim:layer=last,text=prompt", "B": "bm25:text=both"}
 """What every method is tested against: the paper's best method, and words alone."""
-LENGTH = "length"
-"""The control that looks at nothing but how long a training row is."""
+BLIND = {"length": "length", "gradnorm@response": "gradient's norm"}
+"""Controls that look at the training row alone."""
+SAME = "≡"
+"""Next to the same ranking for all queries, which are of one class: neither interval nor test, see `fixed`."""
 MARKED = ("accuracy", "auroc")
 """The metrics of a task's table that are tested; the others follow them, and more tests would find less."""
 
@@ -97,9 +100,10 @@ def _by_column(column: str, tests: Mapping[tuple[str, str], Tested]) -> dict[tup
 # ---------------------------------------------------------------- cells
 
 
-def _shown(i: Interval, form: str = ".2f") -> str:
+def _shown(i: Interval, form: str = ".2f", fixed: bool = False) -> str:
+    """fixed: without an interval, and marked as one ranking for all queries."""
     i = Interval(*(round(x, 9) + 0.0 for x in i))  # equal but for rounding errors looks equal, and no zero is negative
-    return f"{i.value:{form}} ({i.low:{form}} to {i.high:{form}})"
+    return f"{i.value:{form}} {SAME}" if fixed else f"{i.value:{form}} ({i.low:{form}} to {i.high:{form}})"
 
 
 def shows(results: TaskResults) -> str:
@@ -115,11 +119,19 @@ def sides(found: Mapping[str, TaskResults]) -> Rows:
         leak = [r["leak"] for r in results.results]
         return ", ".join(f"{sum(x[side] for x in leak) / len(leak):.2f}" for side in ("prompt", "response"))
 
-    lengths = [_shown(r.interval(LENGTH, "auroc")) if LENGTH in r.runs else "–" for r in every]
+    def blind(results: TaskResults, run: str) -> str:
+        if run not in results.runs:
+            return "–"
+        area, top = (float(results.values(run, m).mean()) for m in ("auroc", "accuracy"))
+        return f"{area:.2f}, {top:.2f}"
+
     return [
         ["the label shows on", *(shows(r) for r in every)],
         ["AUROC of BM25: prompt, response", *(words(r) for r in every)],
-        [f"AUROC of the row's length alone `{LENGTH}`", *lengths],
+        *(
+            [f"AUROC, top-1 of the row's {name} alone `{run}`", *(blind(r, run) for r in every)]
+            for run, name in BLIND.items()
+        ),
     ]
 
 
@@ -139,7 +151,8 @@ def task_rows(
     forms = dict.fromkeys(METRICS, ".2f") | {"mean_rank": ".1f"}
     rows = []
     for run in runs:
-        cells = [_shown(found[run, m], forms[m]) + marks(tests, m, run) for m in METRICS]
+        fixed = results.fixed(run, kind, group)
+        cells = [_shown(found[run, m], forms[m], fixed) + marks(tests, m, run) for m in METRICS]
         seeds = " ".join(f"{s:.2f}" for s in results.seeds(run, "accuracy", kind, group))
         rows.append([f"`{run}`", *cells, seeds])
     chance = [f"{results.chance(m, group):.2f}" for m in METRICS]
@@ -185,39 +198,60 @@ def behaving_rows(results: TaskResults) -> Rows | None:
     every = results.intervals(cells, "generated")
     by_seed = [np.stack(of_seed)[:, None] for of_seed in zip(*parts, strict=True)]
     shown = dict(zip(cells, intervals_of_tasks(by_seed), strict=True))
-    m, count = results.values(*cells[0], "generated").size, sum(v.shape[2] for v in by_seed)
+    m = sum(q["group"] in r["main"] for r in results.results for q in r["queries"])
+    count = sum(v.shape[2] for v in by_seed)
     heads = [f"{HEADINGS[x]}, {which}" for x in MARKED for which in (f"all {m}", f"the {count} that behave")]
-    rows = [[f"`{run}`", *(_shown(of[run, x]) for x in MARKED for of in (every, shown))] for run in results.runs]
+    fixed = {run: results.fixed(run, "generated") for run in results.runs}
+    rows = [
+        [f"`{run}`", *(_shown(of[run, x], fixed=fixed[run]) for x in MARKED for of in (every, shown))]
+        for run in results.runs
+    ]
     of_shown = {x: np.mean([v.mean() for v in results.behaving(None, x)]) for x in MARKED}
     chance = [f"{c:.2f}" for x in MARKED for c in (results.chance(x), of_shown[x])]
     return [["run", *heads], *rows, ["chance", *chance]]
 
 
 def paper_rows(name: str, found: Mapping[str, TaskResults]) -> Rows:
-    """Table 2, 3 or 4: top-1 accuracy / coverage in percent, both protocols, the paper's numbers where they survive."""
+    """Table 2, 3 or 4: top-1 accuracy / coverage in percent, both protocols, the paper's numbers where they survive.
+
+    A task has a column for its main queries, and one for another group of them, see GROUPS.
+    """
     there = {t: found[t] for t in PAPER_TABLES[name][1] if t in found}
     if not there:
         return [["not run yet"]]
+    groups = {t: ["main", *(g for g in GROUPS.get(name, {}) if g in r.groups())] for t, r in there.items()}
+    columns = {f"{task} {group}": (there[task], group) for task, some in groups.items() for group in some}
     tests: dict[tuple[str, str, str], Tested] = {}
-    for task, results in there.items():
-        tests |= _by_column(task, against([results], pairs(results.runs, results.runs), "accuracy"))
+    for column, (results, group) in columns.items():
+        asked = against([results], pairs(results.runs, results.runs), "accuracy", group=group)
+        tests |= _by_column(column, asked)
     tests = corrected(tests)
     printed = PAPER_NUMBERS.get(name, {})
     empty = ["" for _ in there if printed]
-    rows = [[*row, *empty] for row in sides(there)]
+    wide = lambda cells: [x for c, some in zip(cells, groups.values(), strict=True) for x in (c, *[""] * len(some[1:]))]  # noqa: E731
+    rows = [[head, *wide(cells), *empty] for head, *cells in sides(there)]
     for run in dict.fromkeys(run for results in there.values() for run in results.runs):
-        cells = [_percent(results, run) + marks(tests, task, run) for task, results in there.items()]
+        cells = [_percent(*of, run) + marks(tests, column, run) for column, of in columns.items()]
         rows.append([f"`{run}`", *cells, *(printed.get(run, {}).get(t, "") for t in there if printed)])
-    chance = [f"{100 * r.chance('accuracy'):.0f} / {100 * r.chance('coverage'):.0f}" for r in there.values()]
-    rows.append(["chance", *chance, *empty])
-    return [["run", *(r.heading for r in there.values()), *(f"paper: {t}" for t in there if printed)], *rows]
+    rows.append(["chance", *(_percent(*of, None) for of in columns.values()), *empty])
+    heads = [r.heading if g == "main" else f"{r.task}: {GROUPS[name][g]}" for r, g in columns.values()]
+    return [["run", *heads, *(f"paper: {t}" for t in there if printed)], *rows]
 
 
-def _percent(results: TaskResults, run: str) -> str:
+GROUPS = {"table2": {"benign": "benign queries"}, "table4": {"triggered": "triggered queries alone"}}
+"""Queries that have a column of their own. In Table 2 the main ones are the harmful ones: what ranks harmful rows first
+whatever is asked for is right on those and wrong on benign ones."""
+
+
+def _percent(results: TaskResults, group: str, run: str | None) -> str:
+    """`accuracy / coverage`. run: None for chance."""
+    if run is None:
+        return f"{100 * results.chance('accuracy', group):.0f} / {100 * results.chance('coverage', group):.0f}"
     if run not in results.runs:
         return "–"
-    accuracy = Interval(*(100 * x for x in results.interval(run, "accuracy")))
-    return f"{_shown(accuracy, '.0f')} / {100 * results.values(run, 'coverage').mean():.0f}"
+    accuracy = Interval(*(100 * x for x in results.interval(run, "accuracy", group=group)))
+    coverage = 100 * results.values(run, "coverage", group=group).mean()
+    return f"{_shown(accuracy, '.0f', results.fixed(run, group=group))} / {coverage:.0f}"
 
 
 Ladders = Mapping[str, Sequence[tuple[str, str]]]
@@ -238,7 +272,7 @@ def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc", ladders
         rows.append([heading, *("" for _ in found)])
         for step, run in ladder:
             cells = [
-                _shown(r.interval(run, metric)) + marks(tests, t, run) if run in r.runs else "–"
+                _shown(r.interval(run, metric), fixed=r.fixed(run)) + marks(tests, t, run) if run in r.runs else "–"
                 for t, r in found.items()
             ]
             rows.append([f"{step} `{run}`", *cells])
@@ -269,7 +303,7 @@ def headline_rows(
         if run not in everywhere[family]:
             return "–"
         i = interval_of_tasks([t.values(run, metric) for t in families[family]])
-        return _shown(i) + marks(tests, family, run)
+        return _shown(i, fixed=any(t.fixed(run) for t in families[family])) + marks(tests, family, run)
 
     rows = [["the label shows on", *("; ".join(f"{t.task}: {shows(t)}" for t in ts) for ts in families.values())]]
     rows += [[f"{name} `{run}`", *(cell(f, run) for f in families)] for name, run in told]

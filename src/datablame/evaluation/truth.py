@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,6 @@ from datablame.environment import environment
 from datablame.errors import UserError
 from datablame.evaluation.bench import check_model, read_result, result_path
 from datablame.evaluation.cell import MATRICES, Cell, fingerprint, folder_of, options
-from datablame.evaluation.intervals import interval
 from datablame.evaluation.results import today
 from datablame.evaluation.retraining import (
     Job,
@@ -27,6 +27,7 @@ from datablame.evaluation.retraining import (
     noise_ceiling,
     random_rows,
     retrain_all,
+    standard_error,
     top_rows,
 )
 from datablame.evaluation.scoring import read_matrices, rounded
@@ -43,24 +44,23 @@ if TYPE_CHECKING:
     Matrices = Mapping[str, Float[np.ndarray, "m n"]]
 
 Kind = Literal["removal", "lds"]
-VERSION = 2
+VERSION = 3
 """Of a result of retraining. Another number means that old ones are made again."""
 REMOVED = (
-    "graddot@response",
-    "gradcos@response",
-    "gradcos@all",
-    "datainf:damping=0.1@response",
-    "exact:damping=1.0,unit=rank@response",
-    "exact:damping=1.0,unit=rank@all",
+    *(
+        f"{method}@{view}"
+        for method in ("graddot", "gradcos", "datainf:damping=0.1", "exact:damping=1.0,unit=rank")
+        for view in ("response", "all")
+    ),
     REFERENCES["R"],
     REFERENCES["B"],
 )
-"""Runs whose top rows are dropped by default, one training each and seed; both masks where they are to be compared."""
-NOTHING, CHANCE, RIGHT = "nothing", "chance", "the right rows"
-"""What stands beside them."""
+"""Runs whose top rows are dropped by default, one training each and seed: with the prompt in the loss and without."""
+NOTHING, AGAIN, CHANCE, RIGHT = "nothing", "nothing, trained from another seed", "chance", "the right rows"
+"""What stands beside them. AGAIN: what a training alone changes."""
 HALF_SETS = 16
 SECOND = 1000
-"""Added to a seed for the second training of each half-set."""
+"""Added to a seed for a second training on the same rows."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,10 @@ def _first(cell: Cell, out: Path, run: str | None = None) -> str:
     found = (read_result(place) or {}).get("results", {}).get("reference", {})
     if "error" in found.get(run, {}):
         return f"It failed: {found[run]['error']}"
-    words, more = "Run it first", f" --methods {run}" if run else ""
+    words, more = "Run it first", (f" --methods {shlex.quote(run)}" if run else "") + f" --out {shlex.quote(str(out))}"
     if found if run is None else run in found:
         words = f"{place} is there, but the cache no longer holds its scores. Run it again, into another directory"
-        more += " --out DIR"
+        more = more.rpartition(" --out ")[0] + " --out DIR"
     return (
         f"{words}: datablame bench run --model {cell.described()['model']} --scale {cell.scale} --tasks {cell.task} "
         f"--seeds {cell.seed}{more}"
@@ -249,6 +249,8 @@ def _removal(
         name: Job(cell, task, tuple(sorted(set(range(n)) - set(rows))), cell.seed, generate=True)
         for name, rows in dropped.items()
     }
+    jobs[AGAIN] = Job(cell, task, tuple(range(n)), cell.seed + SECOND, generate=True)
+    dropped[AGAIN] = []
 
     def told(found: Mapping[str, Retrained]) -> dict[str, Any]:
         after = {
@@ -282,19 +284,26 @@ def _lds(
     def told(found: Mapping[str, Retrained]) -> dict[str, Any]:
         losses = np.stack([found[name].loss for name in jobs]).reshape(2, len(sets), -1)
         mean = losses.mean(axis=0)
+        score = lambda s: _told(lambda some: lds(s, sets[some], mean[some]), len(sets))  # noqa: E731
         return {
             "rows": len(task.train),
             "queries": len(task.queries),
             "half_sets": len(sets),
             "seeds_of_each": 2,
-            "noise_ceiling": _told(noise_ceiling(*losses)),
-            "lds": {run: _told(lds(s, sets, mean)) for run, s in scores.items()},
-            "knowing_the_class": _told(lds(task.truth.astype(float), sets, mean)),
+            "noise_ceiling": _told(lambda some: noise_ceiling(*losses[:, some]), len(sets)),
+            "lds": {run: score(s) for run, s in scores.items()},
+            "knowing_the_class": score(task.truth.astype(float)),
         }
 
     return jobs, told
 
 
-def _told(values: Float[np.ndarray, " m"]) -> dict[str, Any]:
-    i = interval(values[None, :])
-    return {"value": round(i.value, 4), "low": round(i.low, 4), "high": round(i.high, 4), "queries": rounded(values)}
+def _told(of: Callable[[Sequence[int]], Float[np.ndarray, " m"]], sets: int) -> dict[str, Any]:
+    """The mean over queries, its standard error, each query's own, and the mean without each of the half-sets.
+
+    Queries share the half-sets, so that what is drawn is sets. of: each query's value over those of these numbers.
+    """
+    every = of(range(sets))
+    without = np.array([of([k for k in range(sets) if k != left]).mean() for left in range(sets)])
+    told = {"value": round(float(every.mean()), 4), "standard_error": round(standard_error(without), 4)}
+    return told | {"queries": rounded(every), "without": [round(float(x), 6) for x in without]}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from datablame.errors import UserError
-from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, interval
+from datablame.evaluation.intervals import Interval, interval
 from datablame.evaluation.results import Tested, corrected
+from datablame.evaluation.retraining import standard_error
 from datablame.evaluation.tables import REFERENCES, Rows, markdown
-from datablame.evaluation.truth import CHANCE, NOTHING, RIGHT, Kind, is_old, read_truth
+from datablame.evaluation.truth import AGAIN, CHANCE, NOTHING, RIGHT, Kind, is_old, read_truth
 from datablame.evaluation.views import VIEWS
 
 if TYPE_CHECKING:
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
     Values = Float[np.ndarray, "s m"]
     Results = Sequence[Mapping[str, Any]]
-
-Tests = dict[tuple[str, str], Tested]
-"""By what is tested and against what, and the run."""
 
 
 def load_truth(
@@ -92,25 +90,20 @@ def truth_text(found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = 
 def removal_rows(results: Results) -> Rows:
     """After dropping each run's top rows: rise of the queries' loss, fall of the behaviour, both against "nothing".
 
-    C and R: more (+), less (−) or not significantly different (=) from dropping rows by chance and RepSim's rows, at
-    5 % after Holm's correction over the table.
+    Intervals draw seeds, then queries. Queries of one seed share its trainings, so that no test over queries would be
+    one of methods: what training alone changes is a row of its own, and the seeds are shown.
     """
     names = [n for n in results[0]["after"] if n != NOTHING]
-    rise = {n: _after(results, n, "loss") - _after(results, NOTHING, "loss") for n in names}
-    fall = {n: _after(results, NOTHING, "behaves") - _after(results, n, "behaves") for n in names}
-    tests: Tests = {}
-    for what, values in (("rise", rise), ("fall", fall)):
-        tests |= _against(values, {"C": CHANCE, "R": REFERENCES["R"]}, what)
-    tests = corrected(tests)
     loss, share = (float(_after(results, NOTHING, k).mean()) for k in ("loss", "behaves"))
-    heads = ["dropped", "of them right", "rise of the loss a token", "by seed", "fall of the behaviour"]
-    rows = [heads, [NOTHING, "", f"(loss {loss:.3f})", "", f"({share:.0%} show it)"]]
-    for n in names:
-        right = np.mean([r["after"][n]["right"] / r["dropped"] for r in results])
-        seeds = " ".join(f"{v:.3f}" for v in rise[n].mean(axis=1))
-        cells = [_told(_interval(rise[n]), ".3f", _marks(tests, "rise", n)), seeds]
-        cells.append(_told(_interval(fall[n]), ".0%", _marks(tests, "fall", n)))
-        rows.append([n if n in (CHANCE, RIGHT) else f"`{n}`", f"{right:.0%}", *cells])
+    heads = ["dropped", "of them right", "rise of the loss a token", "by seed", "fall of the behaviour", "by seed"]
+    rows = [heads, [NOTHING, "", f"(loss {loss:.3f})", "", f"({share:.0%} show it)", ""]]
+    for n in sorted(names, key=lambda name: name != AGAIN):
+        rise = _after(results, n, "loss") - _after(results, NOTHING, "loss")
+        fall = _after(results, NOTHING, "behaves") - _after(results, n, "behaves")
+        right = f"{np.mean([r['after'][n]['right'] / r['dropped'] for r in results]):.0%}" if n != AGAIN else ""
+        cells = [_told(interval(rise, same_queries=False), ".3f"), " ".join(f"{v:.3f}" for v in rise.mean(axis=1))]
+        cells += [_told(interval(fall, same_queries=False), ".0%"), " ".join(f"{v:.0%}" for v in fall.mean(axis=1))]
+        rows.append([n if n in (AGAIN, CHANCE, RIGHT) else f"`{n}`", right, *cells])
     return rows
 
 
@@ -121,25 +114,65 @@ def _after(results: Results, name: str, key: str) -> Values:
 # ---------------------------------------------------------------- linear datamodeling score
 
 
+class Estimate(NamedTuple):
+    """The mean over seeds, its standard error, and the degrees of freedom of that."""
+
+    value: float
+    error: float
+    freedom: int
+
+    def interval(self) -> Interval:
+        """95 %, by Student's t."""
+        from scipy.stats import t
+
+        wide = self.error * float(t.ppf(0.975, self.freedom))
+        return Interval(self.value, self.value - wide, self.value + wide)
+
+    def tested(self) -> Tested:
+        """Against 0."""
+        from scipy.stats import t
+
+        far = abs(self.value) / self.error if self.error > 0 else np.inf * abs(np.sign(self.value))
+        return Tested(self.value, float(2 * t.sf(far, self.freedom)) if self.value else 1.0)
+
+
+def estimate(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] | None = None) -> Estimate:
+    """A score, or how far it is above another on the same half-sets; an entry a seed. Errors by the jackknife.
+
+    The half-sets are what is drawn: all queries share them.
+    """
+    values = np.array([x["value"] for x in ones])
+    without = np.array([x["without"] for x in ones])
+    if others is not None:
+        values, without = values - [x["value"] for x in others], without - [x["without"] for x in others]
+    errors = np.array([standard_error(w) for w in without])
+    seeds, sets = without.shape
+    return Estimate(float(values.mean()), float(np.sqrt((errors**2).sum()) / seeds), seeds * (sets - 1))
+
+
 def lds_rows(results: Results) -> Rows:
     """Each method's score under each view of the loss, the noise ceiling, and what knowing the class gets.
 
     R and B: better (+), worse (−) or not significantly different (=) from RepSim and BM25, at 5 % after Holm's
-    correction over the table.
+    correction over the table. Intervals and tests are by the jackknife over half-sets.
     """
-    values = {run: np.array([r["lds"][run]["queries"] for r in results]) for run in results[0]["runs"]}
-    tests = corrected(_against(values, REFERENCES, "lds"))
+    runs = results[0]["runs"]
+    of = {run: [r["lds"][run] for r in results] for run in runs}
+    beside = {x: ref for x, ref in REFERENCES.items() if ref in of}
+    tests = corrected(
+        {(x, run): estimate(of[run], of[ref]).tested() for x, ref in beside.items() for run in runs if run != ref}
+    )
     table: dict[str, dict[str, str]] = {}
-    for run, v in values.items():
+    for run in runs:
         method, _, view = run.partition("@")
-        table.setdefault(method, {})[view] = _told(_interval(v), ".2f", _marks(tests, "lds", run))
+        marks = " ".join(f"{x}{_sign(tests[x, run])}" for x in beside if (x, run) in tests)
+        table.setdefault(method, {})[view] = _told(estimate(of[run]).interval(), ".2f", marks)
     views = [*(v for v in VIEWS if any(v in cells for cells in table.values())), ""]
     rows = [["method", *(v or "no view" for v in views)]]
     rows += [[f"`{method}`", *(cells.get(v, "") for v in views)] for method, cells in table.items()]
-    classes = _interval(np.array([r["knowing_the_class"]["queries"] for r in results]))
-    agreement = _interval(np.array([r["noise_ceiling"]["queries"] for r in results]))
+    agreement = estimate([r["noise_ceiling"] for r in results]).interval()
     ends = {
-        "knowing the class": classes,
+        "knowing the class": estimate([r["knowing_the_class"] for r in results]).interval(),
         "noise: the two seeds of a half-set agree to r": agreement,
         "ceiling against one seed: √r": _mapped(agreement, np.sqrt),
         "ceiling against the mean of both, as here: √(2r/(1 + r))": _mapped(
@@ -151,36 +184,11 @@ def lds_rows(results: Results) -> Rows:
 
 def _mapped(r: Interval, f: Callable[[float], float]) -> Interval:
     """A rising function of a correlation; 0 where two seeds do not agree at all."""
-    return Interval(*(float(f(max(x, 0.0))) for x in r))
+    return Interval(*(float(f(min(max(x, 0.0), 1.0))) for x in r))
 
 
-# ---------------------------------------------------------------- both
-
-
-def _interval(values: Values) -> Interval:
-    """Seeds, then queries within them, which differ from seed to seed."""
-    return interval(values, same_queries=False)
-
-
-def _against(values: Mapping[str, Values], references: Mapping[str, str], what: str) -> Tests:
-    """Every run but the reference, paired with each reference that is there."""
-    d = {
-        (f"{what} {letter}", run): v - values[reference]
-        for letter, reference in references.items()
-        if reference in values
-        for run, v in values.items()
-        if run != reference
-    }
-    if not d:
-        return {}
-    p = flip_test(np.array([x.ravel() for x in d.values()]), draws=TABLE_DRAWS)
-    return {key: Tested(float(x.mean()), float(q)) for (key, x), q in zip(d.items(), p, strict=True)}
-
-
-def _marks(tests: Tests, what: str, run: str) -> str:
-    """`C+ R=`."""
-    here = {key.split()[1]: d for (key, r), d in tests.items() if r == run and key.split()[0] == what}
-    return " ".join(f"{k}{'=' if d.p >= 0.05 else '+' if d.value > 0 else '−'}" for k, d in here.items())
+def _sign(test: Tested) -> str:
+    return "=" if test.p >= 0.05 else "+" if test.value > 0 else "−"
 
 
 def _told(i: Interval, form: str, marks: str = "") -> str:

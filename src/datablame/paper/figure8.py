@@ -110,6 +110,7 @@ def run(request: Request) -> Path:
         request.out / "bench",
         layers=spelt,
         device=request.device,
+        strict=False,
         reporter=request.reporter,
         **given,  # type: ignore[arg-type]
     )
