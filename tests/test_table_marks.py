@@ -53,7 +53,7 @@ def made(
         "seed": seed,
         "recipe": "sound", "title": f"{task} <b>", "rows": 10, "labels": ["x"] * 10, "main": main,
         "recipe_options": {"rate": 1e-3, "seed": seed}, "leak": leak, "queries": queries,
-        "learnt": {"learnt": True, "behaves": {"tuned": 1.0, "base": 0.0}, "loss": {"tuned": 1.0, "base": 2.0}},
+        "learnt": {"learnt": True, "behaves": {"tuned": 1.0, "base": 0.0}, "exact": {"tuned": 0.5, "base": 0.0}, "loss": {"tuned": 1.0, "base": 2.0}},
         "chance": {x: [0.5] * m for x in HEADINGS}, "results": sets, "model_sha256": "sha", "threads": 1,
         "seconds": {"tune": 3600.0, "answers": 1800.0, "features": 900.0, "scores": 90.0, "all": 6390.0},
         "machine": "a machine",
