@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import conftest
 from bench_cases import METHODS, one_task, run, tiny
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
@@ -20,6 +22,7 @@ from datablame.evaluation.cell import FEATURES, Cell
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import HEADINGS
+from datablame.models import ModelSpec, load
 from datablame.report.bench import write_bench
 
 __all__ = ["one_task"]  # a fixture that every test here uses
@@ -188,6 +191,72 @@ def test_a_method_of_a_users_own_that_breaks_fails_alone(
     assert "error" not in found["bm25"]
 
 
+def test_what_failed_is_told_and_tried_again(
+    run: conftest.Run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datablame.methods.controls import Length, Random
+
+    asked = ("bench", "run", "--model", model_dir, "--tasks", "tiny", "--methods", "bm25,random,length")
+    with monkeypatch.context() as m:
+        m.setattr(Random, "score", lambda self, query: 1 / 0)
+        code, _, err = run(*asked, "--out", tmp_path / "out")
+    assert code == 2
+    assert "tiny-sound-s0: random failed: ZeroDivisionError: division by zero" in err
+    assert "some methods failed, and are tried again by the same command" in err
+    monkeypatch.setattr(Length, "score", lambda self, query: pytest.fail("it has numbers"))
+    code, said, err = run(*asked, "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "4 queries, 1 runs" in err
+    (path,) = (tmp_path / "out").rglob("*-s0.json")
+    found = json.loads(path.read_text())["results"]["reference"]
+    assert set(found) == {"bm25", "random", "length"}
+    assert "error" not in found["random"]
+    code, said, err = run("bench", "show", "--model", model_dir, "--task", "tiny", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert "length" in said
+    for option, value in (("--task", "facts"), ("--scale", "huge"), ("--recipe", "nope")):
+        code, _, err = run("bench", "show", "--model", model_dir, option, value, "--out", tmp_path / "out")
+        assert code == 2
+        assert value in err
+
+
+def test_what_a_solver_left_must_be_finite(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_residual", lambda method: scoring._finite(np.nan))
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25")
+    assert (
+        json.loads(path.read_text())["results"]["reference"]["bm25"]["error"] == "what its solver left is not finite."
+    )
+
+
+def test_features_outlive_a_result_that_cannot_be_written(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(bench_module, "save", full)
+        with pytest.raises(OSError, match="no space"):
+            run(model_dir, tmp_path / "out", methods="bm25")
+    (folder,) = (tmp_path / "cache" / "bench").iterdir()
+    assert {p.name for p in (folder / FEATURES).iterdir()} == {"train", "reference", "generated"}
+    file = tmp_path / "a-file"
+    file.write_text("")
+    monkeypatch.setattr(bench_module, "load", lambda spec: pytest.fail("--out was looked at too late"))
+    with pytest.raises(UserError, match="not a directory that can be made"):
+        run(model_dir, file, methods="bm25")
+
+
+def test_a_result_of_another_users_files_is_not_overwritten(tmp_path: Path) -> None:
+    cell = Cell("m", "mixed-small", "smoke", 0, "sound", ("advbench",))
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"version": cell_module.VERSION, "fingerprint": "of one file"}))
+    bench_module._check_files(cell, path, "of one file")
+    with pytest.raises(UserError, match="a result of other rows. Give another --out"):
+        bench_module._check_files(cell, path, "of another file")
+    bench_module._check_files(Cell("m", "mixed-small", "smoke", 0), path, "ours, which has changed")
+
+
 def test_a_padded_view_that_is_not_finite_is_told(model_dir: Path, tmp_path: Path) -> None:
     cell = Cell(str(model_dir), "tiny", "smoke", 0)
     with pytest.raises(UserError, match=r"row 0 \(id 0\): under the view padded, .* is not finite"):
@@ -199,3 +268,42 @@ def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Pa
     with pytest.raises(UserError, match="tiny-sound-s0: the behaviour was not learnt"):
         run(model_dir, tmp_path / "b", methods="bm25", scale="cpu")
     assert (tmp_path / "b" / model_dir.name / "cpu" / "tiny-sound-s0.json").exists()
+    run(model_dir, tmp_path / "b", methods="bm25", scale="cpu", strict=False)  # tables mark it
+
+
+def test_what_was_not_learnt_says_why() -> None:
+    groups = {"harmful": {"tuned": 0.75, "base": 0.8}, "benign": {"tuned": 0.0, "base": 1.0}}
+    learnt = {
+        "learnt": False,
+        "behaves": {"tuned": 0.4, "base": 0.9},
+        "by_group": groups,
+        "loss": {"tuned": 2.04, "base": 2.5},
+    }
+    said = bench_module._learnt_line({"main": ["harmful"], "learnt": learnt})
+    assert said.startswith(
+        "behaviour not learnt (75% of harmful, not 80%; 82% of the base model's loss, not below 80%): 40% of the"
+    )
+    learnt["loss"] = {"tuned": 1.0, "base": 2.5}
+    assert "loss, not below" not in bench_module._learnt_line({"main": ["harmful"], "learnt": learnt})
+    assert bench_module._learnt_line({"main": ["harmful"], "learnt": learnt | {"learnt": True}}).startswith(
+        "learnt: 40%"
+    )
+
+
+def test_the_tokenizer_and_its_template_make_another_base(model_dir: Path, tmp_path: Path) -> None:
+    def of(**changes: str) -> str:
+        copy = tmp_path / "-".join(["copy", *changes])
+        shutil.copytree(model_dir, copy)
+        settings = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+        (copy / "chat_template.jinja").unlink(missing_ok=True)
+        return finetunes.base_sha256(load(ModelSpec(str(copy))))
+
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    same, other = of(chat_template=template), of(chat_template=template + "!", a="")
+    assert same != other
+    assert same == of(chat_template=template, b="")
+    assert (
+        load(ModelSpec(str(tmp_path / "copy-chat_template"))).model_sha256
+        == load(ModelSpec(str(model_dir))).model_sha256
+    )

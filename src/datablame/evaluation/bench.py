@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from datablame.errors import UserError, nearest
 from datablame.evaluation.cell import (
     ANSWERED,
     FEATURES,
+    LEARNT,
+    LOSS_LEFT,
     RECIPES,
     VERSION,
     Cell,
@@ -107,7 +110,7 @@ def _run(
     cell: Cell, task: Task, wanted: Sequence[str], path: Path, model_sha256: str, command: str, how: dict[str, Any]
 ) -> None:
     """Run what a cell lacks, unless another process is at it. how: device, dtype, keep, reporter."""
-    work, reporter = cache_dir() / "bench", how["reporter"]
+    work, reporter, start = cache_dir() / "bench", how["reporter"], time.monotonic()
     with alone(work / folder_of(cell, task, model_sha256) / "lock") as first:
         missing = lacking(path, fingerprint(cell, task, model_sha256), wanted)
         if not first or not missing:
@@ -123,7 +126,9 @@ def _run(
         if by_need := groups(missing):
             _add_costly(cell, task, by_need, path, model_sha256, how)
     result = read_result(path) or {}
-    reporter.note(f"{cell.name}: done in {duration(result['seconds']['all'])}; {_learnt_line(result['learnt'])}")
+    reporter.note(f"{cell.name}: done in {duration(time.monotonic() - start)}; {_learnt_line(result)}")
+    for run, why in failures(path).items():
+        reporter.note(f"{cell.name}: {run} failed: {why}")
 
 
 def _add_costly(
@@ -277,6 +282,12 @@ def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
     return [run for run in wanted if any(lacks(run, there) for there in sets)]
 
 
+def failures(path: Path) -> dict[str, str]:
+    """`{run: why}` of those that a result holds no numbers of, on one set of responses at least."""
+    sets = ((read_result(path) or {}).get("results") or {}).values()
+    return {run: v["error"] for found in sets for run, v in found.items() if "error" in v}
+
+
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result, or None where there is none that this version wrote. Raises UserError for a damaged file."""
     if not path.exists():
@@ -325,10 +336,20 @@ def to_json(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def _learnt_line(learnt: dict[str, Any]) -> str:
-    share, loss = learnt["behaves"], learnt["loss"]
-    state = "learnt" if learnt["learnt"] else "behaviour not learnt"
-    return (
-        f"{state}: {share['tuned']:.0%} of the answers show it (base model {share['base']:.0%}), "
+def _learnt_line(result: Mapping[str, Any]) -> str:
+    """What the fine-tune taught; where it is not what was to be learnt, why."""
+    learnt = result["learnt"]
+    share, loss, groups = learnt["behaves"], learnt["loss"], learnt["by_group"]
+    text = (
+        f"{share['tuned']:.0%} of the answers show it (base model {share['base']:.0%}), "
         f"loss a response token {loss['tuned']:.2f} (base {loss['base']:.2f})"
     )
+    if learnt["learnt"]:
+        return f"learnt: {text}"
+    asked = {g: max(LEARNT, groups[g]["base"]) for g in result["main"]}
+    why = [
+        f"{groups[g]['tuned']:.0%} of {g}, not {least:.0%}" for g, least in asked.items() if groups[g]["tuned"] < least
+    ]
+    if loss["tuned"] >= LOSS_LEFT * loss["base"]:
+        why.append(f"{loss['tuned'] / loss['base']:.0%} of the base model's loss, not below {LOSS_LEFT:.0%}")
+    return f"behaviour not learnt ({'; '.join(why)}): {text}"

@@ -98,7 +98,7 @@ def run_bench(
 ) -> None:
     """Fine-tune, attribute, measure. Cells with a result are not run again; an interrupted run goes on."""
     from datablame.console import ConsoleReporter
-    from datablame.evaluation.bench import bench
+    from datablame.evaluation.bench import bench, failures
     from datablame.indexing import quiet_libraries
 
     quiet_libraries()
@@ -124,6 +124,8 @@ def run_bench(
         typer.echo(f"{len(paths) - len(left)} results in {out}; see them with: datablame bench show --out {out}")
         if left:
             typer.echo(f"another process is still at {', '.join(left)}")
+        if failed := [f"{p.stem}: {run}: {why}" for p in paths if p.exists() for run, why in failures(p).items()]:
+            raise UserError("\n".join(["some methods failed, and are tried again by the same command:", *failed]))
 
 
 @app.command("show")
@@ -131,17 +133,30 @@ def show_bench(
     model: Annotated[str, typer.Option(help="Whose results.")] = "smollm2-135m",
     scale: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
     recipe: Annotated[str, typer.Option(help="Which fine-tune: sound or paper.")] = "sound",
+    task: Annotated[
+        str | None, typer.Option(help="Print this task's table, with every method, and not the ladder.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
     page: Annotated[Path | None, typer.Option(help="Where to write the page. Default: beside the results.")] = None,
 ) -> None:
-    """Print the ladder, and write a page with all tables and pictures."""
+    """Print the ladder or a task's table, and write a page with all tables and pictures."""
     from datablame.console import print_grid
+    from datablame.evaluation.cell import RECIPES
     from datablame.evaluation.results import load_results
-    from datablame.evaluation.tables import ladder_rows
+    from datablame.evaluation.tables import ladder_rows, task_rows
+    from datablame.evaluation.tasks.base import check_scale
     from datablame.report.bench import write_bench
 
+    check_scale(scale)
+    if recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe!r}: use {' or '.join(RECIPES)}.")
     found = load_results(out, model, scale, recipe)
-    print_grid("from the paper's protocol to the sound one: AUROC (95 % interval)", ladder_rows(found))
+    if task is None:
+        print_grid("from the paper's protocol to the sound one: AUROC (95 % interval)", ladder_rows(found))
+    elif task in found:
+        print_grid(f"{found[task].heading}: main queries, 95 % intervals", task_rows(found[task]))
+    else:
+        raise UserError(f"--task {task!r}: no results. There are {', '.join(found)}.")
     for note in (note for results in found.values() for note in results.left_out):
         typer.echo(note)
     typer.echo(f"wrote {write_bench(found, page or out / Path(model).name / scale / f'report-{recipe}.html')}")

@@ -102,10 +102,13 @@ def _residual(method: Method) -> float | None:
     left = getattr(method, "residual", None)
     if not isinstance(left, dict) or not left:
         return None
-    median = float(np.median(next(iter(left.values())).numpy()))
-    if not np.isfinite(median):
+    return _finite(float(np.median(next(iter(left.values())).numpy())))
+
+
+def _finite(residual: float) -> float:
+    if not np.isfinite(residual):
         raise UserError("what its solver left is not finite.")
-    return median
+    return residual
 
 
 def _checked(values: Matrix, m: int, n: int) -> Matrix:
