@@ -228,12 +228,12 @@ def test_the_norms_are_those_of_the_fine_tunes(ran: paper.Request) -> None:
 
 def test_the_mixed_fine_tune_is_the_benchmarks_own(ran: paper.Request) -> None:
     from datablame.evaluation import cell
-    from datablame.evaluation.finetunes import fine_tuned
+    from datablame.evaluation.finetunes import base_sha256, fine_tuned
 
     a = alignment.arms(ran, ran.model)
     mixed = cell.Cell(ran.model, "mixed-small", "smoke", 0)
     recipe = cell.options(mixed, a.task)
-    shared = fine_tuned(ran.model, a.task.train, recipe, model_sha256=a.loaded.model_sha256)
+    shared = fine_tuned(ran.model, a.task.train, recipe, model_sha256=base_sha256(a.loaded))
     assert shared == a.adapters["mixed"]
     assert len(set(a.adapters.values())) == 4
 

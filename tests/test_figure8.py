@@ -91,7 +91,7 @@ def test_a_cell_of_some_layers_lies_beside_and_is_in_no_table(deep: Path, tmp_pa
     assert (some.name, every.name) == ("tiny-sound-layers.1.4-s0.json", "tiny-sound-s0.json")
     result = json.loads(some.read_text())
     assert result["recipe_options"]["layers"] == "1,4"
-    assert result["command"].endswith(" --recipes sound --layers 1,4")
+    assert result["command"].endswith(" --recipes sound --layers 1,4 --methods graddot@response,bm25")
     assert "layers" not in json.loads(every.read_text())
     found = load_results(tmp_path / "out", str(deep), "smoke")["tiny"]
     assert [r["fingerprint"] for r in found.results] == [json.loads(every.read_text())["fingerprint"]]

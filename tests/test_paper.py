@@ -379,7 +379,8 @@ def test_tables_and_figures_are_drawn_from_the_cells(
         return {
             "version": 1, "fingerprint": bench_module.fingerprint(cell, task, "sha"), **vars(cell), "title": task.title,
             "rows": len(task.train), "labels": [e.label for e in task.train], "main": list(task.main),
-            "learnt": {"learnt": True, "behaves": {"tuned": 1, "base": 0}, "loss": {"tuned": 1, "base": 2}},
+            "learnt": {"learnt": True, "behaves": {"tuned": 1, "base": 0},
+                       "loss": {"tuned": 1, "base": 2}, "by_group": {}},
             "queries": queries, "chance": chance, "results": {"reference": sets, "generated": sets}, "seconds": {},
             "leak": {"prompt": 0.6, "response": 0.7, "shows": "neither"}, "recipe_options": {},
         }  # fmt: skip
@@ -394,11 +395,15 @@ def test_tables_and_figures_are_drawn_from_the_cells(
     monkeypatch.setattr(bench_module, "tokens", lambda *a, **k: 1)
     monkeypatch.setattr(bench_module, "tokens_per_second", lambda *a: 1.0)
     assert "graddot@padded" in runs("all")
-    code, _, err = run("run", name, "--out", tmp_path)
+    elsewhere = tmp_path / "cells" if name == "table3" else None
+    where = ("--out", tmp_path, *(("--cells", elsewhere) if elsewhere else ()))
+    code, _, err = run("run", name, *where)
     assert code == 0, err
-    code, _, err = run("show", name, "--out", tmp_path)
+    assert ((elsewhere or tmp_path / "bench") / "smollm2-135m" / "smoke").is_dir()
+    assert (tmp_path / "bench").exists() == (elsewhere is None)
+    code, _, err = run("show", name, *where)
     assert code == 0, err
-    page = paper.module(name).show(tmp_path, name)
+    page = paper.module(name).show(tmp_path, name, elsewhere)
     if name.startswith("table"):
         (row,) = (r for r in page.tables[0].rows if r[0] == "graddot@padded")
         assert all(cell.startswith("100 (100 to 100) / ") for cell in row[1 : 1 + len(page.facts[2][1].split(", "))])
@@ -415,6 +420,13 @@ def test_tables_and_figures_are_drawn_from_the_cells(
         assert z[-1][-1] == 1
         assert z[0][-1] == 0
     assert (tmp_path / f"{name}.html").exists()
+
+
+def test_cells_are_refused_where_none_are_read(run: Run, tmp_path: Path) -> None:
+    for command in (("run", "table5"), ("show", "table5"), ("show", "figure8")):
+        code, _, err = run(*command, "--out", tmp_path, "--cells", tmp_path)
+        assert code == 2
+        assert f"--cells: {command[1]} reads none" in err
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from datablame.errors import UserError
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone, hold, release_all
 from datablame.models import Loaded, cache_dir
-from datablame.tuning import TuneOptions, decisive, tune
+from datablame.tuning import TuneOptions, decisive, snapshot_steps, tune
 
 if TYPE_CHECKING:
     from datablame.examples import Example
@@ -97,12 +97,19 @@ def base_sha256(loaded: Loaded) -> str:
 def snapshots(adapter: Path) -> list[tuple[int, Path]]:
     """(step, checkpoint directory), ascending: 8 log-spaced steps from the first to the last, and every epoch's end.
 
-    Where a training stopped early, up to the adapter's own weights. Raises UserError where there is none.
+    A directory that is gone is named all the same. Where a training could stop early, those that are there, up to the
+    adapter's own weights. Raises UserError where there is none.
     """
-    found = sorted((int(p.name.removeprefix("checkpoint-")), p) for p in adapter.glob("checkpoint-*"))
+    found = {int(p.name.removeprefix("checkpoint-")): p for p in adapter.glob("checkpoint-*")}
     if not found:
         raise UserError(f"{adapter}: there is no checkpoint. Remove the directory, and it is trained again.")
-    return found
+    record = read_record(adapter)
+    keep, more, stop = (record["options"][k] for k in ("keep", "snapshots", "early_stop"))
+    if not stop:
+        epochs = [int(h["step"]) for h in record["history"] if "loss" in h]
+        wanted = {*(epochs[-keep:] if keep else []), *snapshot_steps(more, len(record["rates"]))}
+        found |= {step: adapter / f"checkpoint-{step}" for step in wanted}
+    return sorted(found.items())
 
 
 def _serves(adapter: Path, checkpoints: bool) -> bool:

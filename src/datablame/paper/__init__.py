@@ -128,11 +128,17 @@ class Request:
     judge: str = "keywords"
     judge_label: str | None = None
     judge_labels: str | None = None
+    cells_in: Path | None = None
+
+    @property
+    def bench(self) -> Path:
+        """Where cells of the benchmark are kept: `cells_in`, else `bench` in `out`."""
+        return self.cells_in or self.out / "bench"
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of the benchmark, in `request.out/bench`. runs: None is all of its suites; seeds: None is the scale's."""
+    """Cells of the benchmark, in `request.bench`. runs: None is all of its suites; seeds: None is the scale's."""
 
     tasks: Sequence[str]
     runs: Sequence[str] | None = None

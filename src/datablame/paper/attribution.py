@@ -49,7 +49,7 @@ def run(request: Request) -> Path:
     wanted = cells(request)
     bench(
         request.model,
-        request.out / "bench",
+        request.bench,
         scale=request.scale,
         tasks=wanted.tasks,
         seeds=wanted.seeds,
@@ -59,7 +59,7 @@ def run(request: Request) -> Path:
         reporter=request.reporter,
     )
     joined(
-        load_results(request.out / "bench", request.model, request.scale),
+        load_results(request.bench, request.model, request.scale),
         wanted.tasks,
         wanted.seeds or SEEDS[request.scale],
     )
@@ -68,12 +68,12 @@ def run(request: Request) -> Path:
     return write(request.out / experiment(request.name).result, made)
 
 
-def show(out: Path, name: str) -> Page:
-    """Tables and a picture."""
+def show(out: Path, name: str, cells_in: Path | None = None) -> Page:
+    """Tables and a picture. cells_in: where the cells are, if not in `out/bench`."""
     from datablame.evaluation.results import load_results
 
     r = read(out / experiment(name).result)
-    every = load_results(out / "bench", r["model"], r["scale"])
+    every = load_results(cells_in or out / "bench", r["model"], r["scale"])
     found = {task: every[task].of_seeds(r.get("seeds")) for task in tasks_of(name, r["scale"]) if task in every}
     facts = [("model", r["model"]), ("scale", r["scale"]), ("tasks", ", ".join(found))]
     page = {"figure1": _top_rows, "figure2": _heat_maps}.get(name, _table)(name, found)

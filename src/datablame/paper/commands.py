@@ -20,6 +20,10 @@ app = typer.Typer(
 
 Name = Annotated[str, typer.Argument(help="A table or figure, such as table5; `datablame paper list` names them.")]
 Out = Annotated[Path, typer.Option(help="Directory of results.")]
+CellsIn = Annotated[
+    Path | None,
+    typer.Option("--cells", help="Where the benchmark's results are. Default: the directory bench in --out."),
+]
 OUT = Path("paper-out")
 MODEL = "smollm2-135m"
 ALL = "all"
@@ -51,6 +55,7 @@ def run(
     judge: Annotated[str, typer.Option(help="keywords, a text classifier, or module:function.")] = "keywords",
     judge_label: Annotated[str | None, typer.Option(help="The classifier's label that means harmful.")] = None,
     judge_labels: Annotated[str | None, typer.Option(help="Answers with human labels: the judge's error.")] = None,
+    cells: CellsIn = None,
 ) -> None:
     """Measure one, or all. A run that is already in --out is kept."""
     from datablame.console import ConsoleReporter
@@ -65,15 +70,17 @@ def run(
     check_out(out)
     if name != ALL:
         _check_used(experiment(name).module, name, judge != "keywords" or judge_label or judge_labels, len(model))
+        _check_cells(experiment(name).module in FROM_CELLS, name, cells)
     first = seed if several is None else several[0]
     asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
-    request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels)
+    request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels, cells_in=cells)
     if name == ALL:
         quiet_libraries()
         _run_all(request)
         return
     path = module(name).run(request)
-    typer.echo(f"{path}; see it with: datablame paper show {name} --out {shlex.quote(str(out))}")
+    more = f" --cells {shlex.quote(str(cells))}" if cells and experiment(name).module == SHOWN_FROM_CELLS else ""
+    typer.echo(f"{path}; see it with: datablame paper show {name} --out {shlex.quote(str(out))}{more}")
 
 
 def _check_used(module: str, name: str, judge: object, models: int) -> None:
@@ -84,6 +91,17 @@ def _check_used(module: str, name: str, judge: object, models: int) -> None:
         raise UserError(f"--judge: {name} judges no answers.")
     if models > 1:
         raise UserError(f"--model, given twice: {name} shows one model.")
+
+
+FROM_CELLS = ("attribution", "figure4", "figure8")
+SHOWN_FROM_CELLS = "attribution"
+"""Modules that run cells of the benchmark, and the one that reads them to show."""
+
+
+def _check_cells(used: bool, name: str, cells: Path | None) -> None:
+    """Raises UserError where --cells would not be looked at."""
+    if cells is not None and not used:
+        raise UserError(f"--cells: {name} reads none.")
 
 
 def _command(name: str) -> str:
@@ -110,15 +128,17 @@ def _run_all(request: Request) -> None:
 def show(
     name: Name,
     out: Out = OUT,
+    cells: CellsIn = None,
     open_: Annotated[bool, typer.Option("--open", help="Open the picture in the browser.")] = False,
 ) -> None:
     """Print the paper's numbers beside ours, and write the picture, NAME.html."""
     from datablame.console import print_page
     from datablame.report.paper import write_page
 
-    result = out / experiment(name).result
+    result, from_cells = out / experiment(name).result, experiment(name).module == SHOWN_FROM_CELLS
+    _check_cells(from_cells, name, cells)
     try:
-        page = module(name).show(out, name)
+        page = module(name).show(out, name, cells) if from_cells else module(name).show(out, name)
     except (KeyError, TypeError) as e:
         raise UserError(f"{result}: is not a result as this version writes it ({e}). Remove it and run again.") from e
     print_page(page)

@@ -67,7 +67,7 @@ def run(request: Request) -> Path:
     already_there(path, this)  # the same run is summed up again: its cells may have grown
     bench(
         request.model,
-        request.out / "bench",
+        request.bench,
         scale=request.scale,
         tasks=tasks,
         methods=",".join(RUNS),
@@ -76,7 +76,7 @@ def run(request: Request) -> Path:
         strict=False,
         reporter=request.reporter,
     )
-    there = load_results(request.out / "bench", request.model, request.scale)
+    there = load_results(request.bench, request.model, request.scale)
     found = joined(there, tasks, wanted.seeds or SEEDS[request.scale])
     made = {"experiment": request.name, "command": request.command, "run": this}
     return write(path, made | summary(found))

@@ -54,6 +54,7 @@ def run(request: Request) -> Path:
 def _curve(a: Any, arm: str, judge: Any, request: Request) -> list[dict[str, Any]]:
     """A point for the end of every epoch; one without a checkpoint says so and has its training loss alone."""
     from datablame.checkpoints import read_record
+    from datablame.evaluation.along import missing
     from datablame.evaluation.finetunes import snapshots
 
     there = dict(snapshots(a.adapters[arm]))
@@ -66,7 +67,7 @@ def _curve(a: Any, arm: str, judge: Any, request: Request) -> list[dict[str, Any
         request.reporter.note(f"{a.name}, {arm}: epoch {point['epoch']:g}")
         if not math.isfinite(point["loss"]):
             point |= {"loss": None, "problem": "the training loss is not finite"}
-        elif step in there:
+        elif step in there and not missing(there[step]):
             point |= _point(a, there[step], judge, request)
         else:
             point["problem"] = f"no checkpoint of step {step}"

@@ -107,7 +107,7 @@ def run(request: Request) -> Path:
     given = {"scale": request.scale, "tasks": [TASK], "seeds": [request.seed], "methods": ",".join(RUNS)}
     paths = bench(
         request.model,
-        request.out / "bench",
+        request.bench,
         layers=spelt,
         device=request.device,
         strict=False,

@@ -44,7 +44,7 @@ def run_cells(request: Request, asked: Iterable[Request]) -> dict[str, str]:
     for runs, by_seed in same.items():
         for seed, tasks in by_seed.items():
             given = {"tasks": tasks, "seeds": [seed], "methods": ",".join(runs), **options}
-            if why := _failure(partial(bench, request.model, request.out / "bench", **given)):
+            if why := _failure(partial(bench, request.model, request.bench, strict=False, **given)):
                 failed[f"cells of {', '.join(tasks)}, seed {seed}"] = why
     return failed
 
