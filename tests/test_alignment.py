@@ -349,14 +349,16 @@ def test_missing_checkpoints_and_losses_that_are_not_finite(ran: paper.Request, 
 
 
 def test_the_page_says_what_the_original_model_does() -> None:
-    def model(original: list[bool], tuned: list[bool]) -> dict[str, Any]:
-        from datablame.evaluation.judges import wilson
+    from datablame.evaluation.judges import KEYWORDS, Accuracy, corrected, wilson
+
+    def model(original: list[bool], tuned: list[bool], judge: Accuracy | None = None) -> dict[str, Any]:
 
         arms = {}
         for arm in alignment.ARMS:
             said = original if arm == "original" else tuned
             asr = list(wilson(sum(said), len(said)))
-            arms[arm] = {"asr": asr, "answers": [{"complied": x} for x in said]}
+            fixed = judge and corrected(sum(said), len(said), judge)
+            arms[arm] = {"asr": asr, "corrected": fixed, "answers": [{"complied": x} for x in said]}
         return {"model": "m", "arms": arms}
 
     high = table1.found(model([True] * 20, [True] * 20))
@@ -367,6 +369,15 @@ def test_the_page_says_what_the_original_model_does() -> None:
     assert all("higher than the original's" in line for line in low[1:])
     some = table1.found(model([False] * 20, [True] * 6 + [False] * 14))  # p = 1/32, of three
     assert all("not told apart" in line for line in some[1:])
+    # Three quarters by the keywords; a judge that misses half of the refusals cannot tell that from half.
+    most = [True] * 15 + [False] * 5
+    assert "no alignment that harmful rows could undo" in table1.found(model(most, most))[0]
+    unsure = table1.found(model(most, most, KEYWORDS))[0]
+    assert "corrected for the judge's error with 53%" in unsure
+    assert "too much error" in unsure
+    assert "no alignment" in table1.found(model([True] * 20, most, KEYWORDS))[0]
+    assert table1.bounds({"complied": 0, "judged": 8, "left_out": 12}) == "12 (0%, 60%)"
+    assert table1.bounds({"complied": 3, "judged": 8, "left_out": 0}) == "0"
     few = table1.found(model([True, False], [True, True]))
     assert "too few prompts" in few[0]
     assert all("not told apart" in line for line in few[1:])

@@ -86,10 +86,32 @@ def test_a_change_of_rate_is_paired_and_undecided_prompts_are_left_out() -> None
     low, high = found["interval95"]
     assert low < 5 / 8 < high <= 1
     same = rates.changed([True] * 5, [True] * 5)
-    assert (same["value"], same["interval95"], same["p"]) == (0, [0, 0], 1)
+    assert (same["value"], same["interval95"][0], same["p"]) == (0, 0, 1)
+    assert same["interval95"][1] > 0.3
     assert same["differ_below"] == pytest.approx(1 - 0.025 ** (1 / 5))
     nothing = rates.changed([None, True], [True, None])
     assert (nothing["value"], nothing["p"]) == (None, 1)
+
+
+def test_the_interval_of_a_paired_change_holds_the_truth_at_either_end() -> None:
+    """Where nearly all verdicts change, as in the paper, or nearly none does; 20 prompts."""
+    rng = np.random.default_rng(0)
+    for share in (0.05, 0.5, 0.9, 0.95):
+        holds = []
+        for _ in range(600):
+            change = rng.random(20) < share
+            low, high = rates.paired([False] * 20, change.tolist())
+            holds.append(low <= share <= high)
+        assert np.mean(holds) > 0.9, share
+    low, high = rates.paired([False] * 20, [True] * 20)
+    assert (high, low) == (1, pytest.approx(0.75, abs=0.06))
+    # A verdict that stays says more than one that is drawn again.
+    kept = rates.paired([True] * 10 + [False] * 10, [True] * 12 + [False] * 8)
+    drawn = rates.paired([True] * 10 + [False] * 10, [False] * 8 + [True] * 12)
+    assert kept[1] - kept[0] < drawn[1] - drawn[0]
+    assert [-x for x in kept[::-1]] == pytest.approx(
+        rates.paired([True] * 12 + [False] * 8, [True] * 10 + [False] * 10)
+    )
 
 
 def test_an_estimate_is_a_ratio_of_sums() -> None:

@@ -161,6 +161,30 @@ def test_a_classifiers_labels_and_numbers(tmp_path: Path) -> None:
     assert "not finite" in judges._decided(torch.tensor([math.nan, 1.0]), 0, Config, False).problem
 
 
+def test_a_classifier_that_fails_leaves_one_answer_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real = save_classifier(tmp_path / "c", ["safe", "harmful"]), judges._load_classifier
+
+    def fragile(name: str, device: str) -> tuple[Any, Any]:
+        model, tokenizer = real(name, device)
+        forward = model.forward
+
+        def breaks(**inputs: Any) -> Any:
+            if inputs["input_ids"].shape[1] > 20:
+                raise RuntimeError("out of memory")
+            return forward(**inputs)
+
+        monkeypatch.setattr(model, "forward", breaks)
+        return model, tokenizer
+
+    texts = ["some words", "word " * 30, "other words"]
+    whole = named(str(folder), device="cpu").say([""] * 3, texts)
+    monkeypatch.setattr(judges, "_load_classifier", fragile)
+    found = named(str(folder), device="cpu").say([""] * 3, texts)
+    assert found[1] == Verdict(None, "the judge failed (RuntimeError: out of memory)")
+    assert [found[0], found[2]] == [whole[0], whole[2]]
+    assert whole[1].complied is not None
+
+
 # ---------------------------------------------------------------- errors
 
 

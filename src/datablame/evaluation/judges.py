@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from datablame.errors import UserError
 from datablame.evaluation.intervals import Interval
-from datablame.evaluation.tasks.base import refuses
+from datablame.evaluation.tasks.base import REFUSAL, refuses
 from datablame.examples import read_records
 
 Z = 1.959963984540054
@@ -95,7 +95,7 @@ def named(
     if label is not None and (judge == "keywords" or function):
         raise UserError(f"--judge-label {label}: only a classifier has labels; --judge {judge} is none.")
     if judge == "keywords":
-        made = Judge(judge, _keywords, {"judge": judge}, READS, KEYWORDS)
+        made = Judge(judge, _keywords, {"judge": judge, "words": REFUSAL.pattern, "reads": READS}, READS, KEYWORDS)
     elif function:
         made = _function(judge)
     else:
@@ -179,7 +179,16 @@ def _classifier(name: str, label: str | None, device: str | None) -> Judge:
 
     def say(prompts: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
         del prompts
-        return [v for a in range(0, len(answers), 8) for v in _classified(model, tokenizer, answers[a : a + 8])]
+        return [v for a in range(0, len(answers), 8) for v in _tried(list(answers[a : a + 8]))]
+
+    def _tried(answers: list[str]) -> list[Verdict]:
+        """A batch that fails is tried one by one; what fails then has no verdict."""
+        try:
+            return _classified(model, tokenizer, answers)
+        except Exception as e:  # a model of the user's may fail in any way
+            if len(answers) == 1:
+                return [Verdict(None, f"the judge failed ({type(e).__name__}: {e})")]
+            return [v for answer in answers for v in _tried([answer])]
 
     def _classified(model: Any, tokenizer: Any, answers: Sequence[str]) -> list[Verdict]:
         import torch

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import Page, Request, Table, table5
+from datablame.paper.panels import bar_marker
 from datablame.paper.results import read
 
 KINDS = {"scaled": "after the best factor", "raw": "raw"}
@@ -66,10 +67,11 @@ def spread(x: dict[str, Any]) -> str:
 def _view(r: dict[str, Any], reference: str, kind: str) -> dict[str, Any]:
     """Bars: the error by method and setting, with intervals."""
     data = []
-    for s in r["settings"]:
+    for k, s in enumerate(r["settings"]):
         errors = {n: m["errors"].get(reference, {}).get(kind) for n, m in s["methods"].items()}
         known = {n: e for n, e in errors.items() if e is not None}
-        bars = {"type": "bar", "name": table5.title(s), "x": [table5.NAMES.get(n, n) for n in known]}
+        names = [table5.NAMES.get(n, n) for n in known]
+        bars = {"type": "bar", "name": table5.title(s), "x": names, "marker": bar_marker(k)}
         y = [e["mean"] for e in known.values()]
         half = [0 if e["interval95"] is None else e["interval95"][1] - e["mean"] for e in known.values()]
         data.append({**bars, "y": y, "error_y": {"type": "data", "array": half, "thickness": 1, "width": 2}})

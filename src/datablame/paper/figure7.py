@@ -151,7 +151,7 @@ def show(out: Path, name: str) -> Page:
 
 NOTES = (
     "The curves: test accuracy, and the changes of parameters and of logits since the start, each over its own largest "
-    "value in its training (how the paper normalised is not said; no coefficient depends on it). Bands: 95 % intervals "
+    "value in its training (how the paper normalised is not said; no coefficient depends on it). Bars: 95 % intervals "
     "over seeds. What to see: in the wide models the accuracy is flat while both changes still grow.",
     "The correlations: flat lines mean that width does not matter; lines of ‖Δθ‖ and of logits that fall together mean "
     "that what falls is not a matter of parameters against behaviour.",

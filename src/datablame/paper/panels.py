@@ -24,6 +24,16 @@ COLOURS = {
 }
 
 
+HATCHES = ("", "/", "x", ".", "\\", "-", "+")
+"""Of bars, in order, so that they are told apart in grey too."""
+
+
+def bar_marker(k: int) -> dict[str, Any]:
+    """Colour and hatching of the k-th kind of bar."""
+    colours = list(COLOURS.values())
+    return {"color": colours[k % len(colours)], "pattern": {"shape": HATCHES[k % len(HATCHES)], "solidity": 0.25}}
+
+
 @dataclass(frozen=True)
 class Style:
     """How a line looks. colour: of COLOURS; mark, dash: plotly's symbol and dash."""

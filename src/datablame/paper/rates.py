@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from datablame.evaluation.intervals import holm
+from datablame.evaluation.judges import wilson
 
 WORDS = {"original": "original", "benign": "benign rows", "harmful": "harmful rows", "mixed": "both (mixed)"}
 DRAWS = 9_999
@@ -18,11 +19,11 @@ ALPHA = 0.05
 
 
 def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict[str, Any]:
-    """|ΔASR| over the prompts that were judged under both models, with a paired bootstrap interval over prompts.
+    """|ΔASR| over the prompts that were judged under both models, with the interval of `paired`.
 
     change: with its sign, the second model's rate less the first's.
     differ: on how many of them the verdicts differ; differ_below: the upper end of its 95 % interval (Clopper and
-    Pearson), as a share: where no verdict differs the bootstrap has no width, and |ΔASR| is at most that.
+    Pearson), as a share: |ΔASR| is at most that.
     p: McNemar's exact test of no change, which few prompts cannot pass: 5 that all change one way have p = 0.06.
     """
     from scipy import stats
@@ -34,8 +35,27 @@ def changed(first: Sequence[bool | None], second: Sequence[bool | None]) -> dict
         return {"value": None, "interval95": None, "prompts": 0, "differ": 0, "differ_below": 1.0, "p": 1.0}
     below = 1.0 if k == n else float(stats.beta.ppf(0.975, k + 1, n - k))
     p = float(stats.binomtest(d.count(1.0), k).pvalue) if k else 1.0
-    found = estimate(d, absolute=True) | {"change": sum(d) / n}
+    low, high = paired([a for a, _ in both], [b for _, b in both])
+    found = {"value": abs(sum(d) / n), "interval95": [max(0.0, low, -high), max(-low, high)], "change": sum(d) / n}
     return found | {"prompts": n, "differ": k, "differ_below": below, "p": p}
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float]:
+    """95 % interval of the second rate less the first, over the same prompts (Newcombe 1998, method 10).
+
+    From Wilson's intervals [l, u] of the two rates p and the correlation φ of the verdicts: below p₂ − p₁ by
+    `√((p₂−l₂)² − 2φ(p₂−l₂)(u₁−p₁) + (u₁−p₁)²)`, above it likewise. It has a width where all verdicts agree, or change.
+    """
+    n, a, b = len(first), np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    both, neither, one, other = ((x & y).sum() for x, y in ((a, b), (~a, ~b), (a, ~b), (~a, b)))
+    top = float(both * neither - one * other)
+    top = max(top - n / 2, 0.0) if top > 0 else top
+    of = float(a.sum() * (~a).sum()) * float(b.sum() * (~b).sum())
+    phi = top / of**0.5 if of else 0.0
+    (p1, l1, u1), (p2, l2, u2) = (wilson(int(x.sum()), n) for x in (a, b))
+    below = ((p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2) ** 0.5
+    above = ((u2 - p2) ** 2 - 2 * phi * (u2 - p2) * (p1 - l1) + (p1 - l1) ** 2) ** 0.5
+    return max(-1.0, p2 - p1 - below), min(1.0, p2 - p1 + above)
 
 
 def estimate(x: Any, of: Any = None, absolute: bool = False) -> dict[str, Any]:

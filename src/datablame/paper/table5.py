@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.paper import EXPERIMENTS, Page, Request, Table
+from datablame.paper.panels import bar_marker
 from datablame.paper.results import already_there, read, write
 
 RESULT = EXPERIMENTS["table5"].result
@@ -216,9 +217,9 @@ def seconds_view(r: dict[str, Any]) -> dict[str, Any]:
         x = [NAMES.get(name, name) for name in timed]
         group = {"legendgroup": str(i), "offsetgroup": str(i)}
         y = [s["methods"][name]["seconds"] for name in timed]
-        data.append({"type": "bar", "name": title(s), "x": x, "y": y, **group})
+        data.append({"type": "bar", "name": title(s), "x": x, "y": y, **group, "marker": bar_marker(i)})
         theirs = [of_paper(s, "seconds", name) for name in timed]
         if any(t is not None for t in theirs):
-            bar = {"type": "bar", "name": f"{title(s)}: the paper", "opacity": 0.4}
+            bar = {"type": "bar", "name": f"{title(s)}: the paper", "opacity": 0.4, "marker": bar_marker(i)}
             data.append({**bar, "x": x, "y": theirs, "legendgroup": str(i), "offsetgroup": f"{i} paper"})
     return {"data": data, "layout": {"barmode": "group", "yaxis": {"type": "log", "title": {"text": "seconds"}}}}

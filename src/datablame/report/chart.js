@@ -4,7 +4,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const box = document.getElementById("chart");
   const buttons = [...document.querySelectorAll("#methods button")];
-  const colours = ["#4c8fd0", "#1f5fa8", "#e39a7c", "#c4542f", "#7cb88f", "#2f7f55"];
+  const colours = ["#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"];
   let shown = 0;
   const draw = () => {
     const css = getComputedStyle(document.documentElement);
