@@ -20,13 +20,9 @@ from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
 from datablame.evaluation.suites import DAMPING, EXACTNESS
 from datablame.paper import experiment, module
-from datablame.paper import figure4 as iterations
-from datablame.paper import figure5 as convergence
-from datablame.paper import figure7 as widths
-from datablame.paper import table5 as paper
-from datablame.paper.figure3 import spread
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
+from paper_tables import figure3, figure4, figure5, figure7, residuals, table5  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,70 +101,6 @@ def projection(r: dict[str, Any]) -> str:
     size = f"{r['rows']} rows, {r['queries']} queries, {r['blocks']} blocks, {r['numbers_a_row']} numbers a row"
     what = f"`‖S − E‖/‖E‖` ± its standard deviation over {r['seeds']} seeds (in brackets Spearman's correlation)"
     return "\n".join([*lines, "", f"{what}; {size}."])
-
-
-def table5(r: dict[str, Any]) -> str:
-    """Seconds, and the errors against the empirical Fisher, the paper's in brackets."""
-
-    def beside(ours: str, theirs: float | None) -> str:
-        return ours if theirs is None else f"{ours} ({theirs:g})"
-
-    def seconds(s: dict[str, Any], m: str) -> str:
-        if m == "d × d":
-            return beside(paper.number(s["dense_seconds"]), paper.of_paper(s, "seconds", "fisher"))
-        theirs = None if m == "fisher" else paper.of_paper(s, "seconds", m)  # the paper's exact one is the d × d route
-        return beside(paper.number(s["methods"][m]["seconds"]), theirs)
-
-    def errors(s: dict[str, Any], m: str) -> str:
-        e = s["methods"][m]["errors"]["fisher"]
-        return beside(f"{paper.mean(e['raw'])} · {spread(e['scaled'])}", paper.of_paper(s, "error", m))
-
-    timed = [m for m, x in r["settings"][0]["methods"].items() if x["seconds"] is not None]
-    told = [m for m, x in r["settings"][0]["methods"].items() if "fisher" in x["errors"]]
-    return "\n\n".join(
-        [
-            _grid(r, "seconds (the paper's)", ["d × d", *timed], seconds),
-            _grid(r, "error against the Fisher, raw · scaled (the paper's)", told, errors),
-            f"{r['machine']}, {r['threads']} thread(s), {r['run']['protocol']['queries']} queries; errors are means "
-            f"over {len(r['run']['protocol']['subsets'])} subsets. `{r['command']}`",
-        ]
-    )
-
-
-def figure3(r: dict[str, Any]) -> str:
-    """Errors after the best factor against the references that the paper does not have, with half intervals."""
-
-    def errors(reference: str) -> Callable[[dict[str, Any], str], str]:
-        def cell(s: dict[str, Any], m: str) -> str:
-            e = s["methods"][m]["errors"].get(reference)
-            return spread(e["scaled"]) if e else "–"
-
-        return cell
-
-    names = list(r["settings"][0]["methods"])
-    words = {"hessian": "the true Hessian", "objective": "the objective's Hessian", "left out": "leaving out"}
-    return "\n\n".join(_grid(r, f"against {words[x]}", [m for m in names if m != x], errors(x)) for x in words)
-
-
-def residuals(r: dict[str, Any]) -> str:
-    """What LiSSA's steps achieve, and why: the spectrum."""
-    steps = [m for m in r["settings"][0]["methods"] if m.startswith("lissa") and not m.endswith("inf")]
-    rows = {f"residual, {paper.NAMES[m]}": lambda s, m=m: paper.mean(s["methods"][m]["residual"]) for m in steps}
-    rows |= {
-        "largest eigenvalue's share of the trace": lambda s: f"{s['layer']['largest_share']['mean']:.0%}",
-        "condition number of the damped Fisher": lambda s: paper.mean(s["layer"]["condition"]),
-        "mean training loss": lambda s: paper.mean(s["layer"]["training_loss"]),
-        "accuracy on the queries": lambda s: f"{s['layer']['query_accuracy']['mean']:.0%}",
-    }
-    return _grid(r, "", list(rows), lambda s, name: rows[name](s))
-
-
-def _grid(r: dict[str, Any], corner: str, names: list[str], cell: Callable[[dict[str, Any], str], str]) -> str:
-    """Methods down, settings across."""
-    heads = [f"{s['points']:,} points, {s['parameters']:,}" for s in r["settings"]]
-    lines = [f"| {corner} | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    lines += [f"| {paper.NAMES.get(n, n)} | {' | '.join(cell(s, n) for s in r['settings'])} |" for n in names]
-    return "\n".join(lines)
 
 
 def learnt(found: dict[str, TaskResults]) -> str:
@@ -338,75 +270,10 @@ def shown(name: str) -> str:
     return "\n\n".join([*parts, *(f"- {note}" for note in page.notes), f"`{page.command}`"])
 
 
-def figure7(r: dict[str, Any]) -> str:
-    """The page's tables, and its verdicts."""
-    tables = [f"**{t.title}**\n\n{bench_tables.markdown([t.headings, *t.rows])}" for t in widths.tables(r)]
-    verdicts = [f"- {widths.verdict(s)}" for s in r["settings"]]
-    where = f"{r['machine']}, {r['threads']} thread(s), {len(r['run']['protocol']['seeds'])} seeds. `{r['command']}`"
-    return "\n\n".join([*tables, "\n".join([*verdicts, *(f"- {s}" for s in widths.stops(r))]), where])
-
-
 def retraining(kind: str) -> str:
     """Methods against retraining: every task that has it."""
     found, notes = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)
     return truth_tables.truth_text(found, kind, notes) if found or notes else "*Not run yet.*"
-
-
-def figure4(r: dict[str, Any]) -> str:
-    """Accuracy after some iterations and of the solution, a task and a loss a row, with the tests."""
-    some = (1, 10, 1000, 100_000)
-    rows = [["task, loss", *(f"{k:,}" for k in some), "solved", "joint", "RepSim", "BM25", "chance"]]
-    for task, x in r["tasks"].items():
-        for view in iterations.VIEWS:
-            wanted = [*(iterations.CURVES[view][k] for k in some), iterations.SOLVED[view], iterations.JOINT[view]]
-            wanted += [iterations.REPSIM, iterations.BM25]
-            cells = [_accuracy(x["runs"], run) for run in wanted]
-            rows.append([f"{task}, {view}", *cells, f"{x['chance']['accuracy']:.2f}"])
-    heads = ["task, curve", *iterations.QUESTIONS]
-    tests = [
-        [f"{t}, {c}", *(iterations.answer(r, t, c, q) for q in iterations.QUESTIONS)]
-        for t in r["tasks"]
-        for c in iterations.CURVES
-    ]
-    words = [iterations.reading(r, task, view) for task in r["tasks"] for view in iterations.VIEWS]
-    return "\n\n".join(
-        [
-            bench_tables.markdown(rows),
-            bench_tables.markdown([heads, *tests]),
-            "\n".join(f"- {w}" for w in words),
-            _foot(r),
-        ]
-    )
-
-
-def figure5(r: dict[str, Any]) -> str:
-    """Accuracy at the first, a middle and the last checkpoint, a task, loss and method a row, with ρ and the test."""
-    rows = [["task, loss", "method", "first", "middle", "last", "ρ with the falling loss", "last − first"]]
-    for task, x in r["tasks"].items():
-        points = x["checkpoints"]
-        ends = points[0], points[len(points) // 2], points[-1]
-        losses = [f"{p['loss']['train']['tuned']:.2f} (step {p['step']})" for p in ends]
-        rows.append([task, "training loss", *losses, "", ""])
-        for k, view in enumerate(convergence.VIEWS):
-            for method, runs in convergence.METHODS.items():
-                cells = [_accuracy(p["runs"], runs[k]) for p in ends]
-                rho = x["correlation"][runs[k]]["accuracy"]
-                test = convergence.change(r, task, runs[k])
-                rows.append([f"{task}, {view}", method, *cells, "–" if rho is None else f"{rho:+.2f}", test])
-        rows.append([task, "BM25", _accuracy(points[0]["runs"], convergence.BM25), "", "", "", ""])
-    left_out = [f"\n\n{note}" for note in r["left_out"]]
-    return f"{bench_tables.markdown(rows)}\n\n{_foot(r)}{''.join(left_out)}"
-
-
-def _accuracy(runs: dict[str, Any], run: str) -> str:
-    if run not in runs:
-        return "–"
-    x = runs[run]["accuracy"]
-    return f"{x['value']:.2f} ({x['interval95'][0]:.2f} to {x['interval95'][1]:.2f})"
-
-
-def _foot(r: dict[str, Any]) -> str:
-    return f"{r['machine']}, {r['threads']} thread(s). `{r['command']}`"
 
 
 if __name__ == "__main__":

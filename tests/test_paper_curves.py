@@ -294,9 +294,14 @@ def test_the_pages_tables_hold_the_results_numbers(model_dir: Path, tmp_path: Pa
     assert all(len(x) == len(rows[0]) for x in rows)
     r4 = json.loads(figure4.run(request("figure4", model_dir, tmp_path / "paper")).read_text())
     rows = rows_of(script.render("<!-- table: figure4 -->\nold\n<!-- end -->"))
-    (row,) = (x for x in rows if x[0] == "grammars, padded" and len(x) == 10)
-    solved = r4["tasks"]["grammars"]["runs"]["exact-block:damping=0.1@padded"]["accuracy"]
-    assert row[5] == f"{solved['value']:.2f} ({solved['interval95'][0]:.2f} to {solved['interval95'][1]:.2f})"
+    found = [x for x in rows if x[0] == "grammars, padded" and len(x) == 11]
+    runs = r4["tasks"]["grammars"]["runs"]
+    for metric, row in zip(("accuracy", "auroc"), found, strict=False):
+        for column, run in ((5, "exact-block:damping=0.1@padded"), (7, "exact-block:damping=1.0,unit=rank@padded")):
+            x = runs[run][metric]
+            assert row[column] == f"{x['value']:.2f} ({x['interval95'][0]:.2f} to {x['interval95'][1]:.2f})"
+    left = runs["lissa:steps=10,damping=0.1@padded"]["residual"]["value"]
+    assert found[2][1:3] == [f"{runs['lissa:steps=1,damping=0.1@padded']['residual']['value']:.2g}", f"{left:.2g}"]
     assert ["grammars, released", "–", "–", "–", "–"] in [x[:5] for x in rows]
 
 
