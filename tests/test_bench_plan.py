@@ -69,12 +69,16 @@ def test_results_that_are_not_there_yet_are_not_counted(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = tmp_path / "a-sound-s0.json"
-    there.write_text("{}")
+    there.write_text('{"version": 1, "results": {}}')
     monkeypatch.setattr(bench_module, "bench", lambda *a, **k: [there, tmp_path / "b-sound-s0.json"])
     code, out, error = run("bench", "run", "--out", tmp_path)
     assert (code, error) == (0, "")
-    assert f"1 results in {tmp_path}; see" in out
+    assert f"results in {tmp_path}: 1; see them with: datablame bench show --scale" in out
     assert "another process is still at b-sound-s0\n" in out
+    for option in ("--tasks", "--recipes"):
+        code, _, error = run("bench", "run", option, " , ", "--out", tmp_path)
+        assert code == 2
+        assert f"{option} ' , ': names nothing" in error
 
 
 def test_results_of_other_sources_lie_beside(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +94,7 @@ def test_results_of_other_sources_lie_beside(model_dir: Path, tmp_path: Path, mo
     assert (
         found["tiny-advbench"]
         .results[0]["command"]
-        .endswith(" --tasks tiny --seeds 0 --recipes sound --advbench ADVBENCH")
+        .endswith(" --tasks tiny --seeds 0 --recipes sound --methods bm25 --advbench ADVBENCH")
     )
     cell = bench_module._cells("m", "cpu", ["released-math"], [0], ["sound"], {})[0]
     assert cell.name == "released-math-sound-s0"  # without its files there is no such task
@@ -208,7 +212,7 @@ def test_scores_that_the_cache_lost_can_be_had_again(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cell has a result, so that the plain command would do nothing: what the message says does."""
-    sha, wanted = load(ModelSpec(str(model_dir))).model_sha256, ["gradcos@response", "bm25:text=both"]
+    sha, wanted = base_sha256(load(ModelSpec(str(model_dir)))), ["gradcos@response", "bm25:text=both"]
     out, cells = tmp_path / "out", [(Cell(str(model_dir), "tiny", "smoke", 0), tiny())]
     run(model_dir, out)
     (scores,) = (tmp_path / "cache" / "bench").glob("*/scores.npz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -63,8 +64,8 @@ def write_rows(
     from datablame.evaluation import tasks
     from datablame.scores import check_out
 
-    check_out(out)
     task = tasks.build(name, scale, seed, advbench=advbench, alpaca=alpaca, data=data)
+    check_out(out)
     train = [{"prompt": e.prompt, "response": e.response, "label": e.label} for e in task.train]
     queries = [
         {"prompt": e.prompt, "response": e.response, "label": e.label, "group": group}
@@ -107,10 +108,10 @@ def run_bench(
         out,
         suite=suite,  # type: ignore[arg-type]
         scale=scale,
-        tasks=_split(tasks),
+        tasks=_split(tasks, "--tasks"),
         methods=methods,
         seeds=numbers(seeds),
-        recipes=_split(recipes) or ["sound"],
+        recipes=_split(recipes, "--recipes"),
         layers=layers or [None],
         sources={"advbench": advbench, "alpaca": alpaca, "data": data},
         device=device,
@@ -121,7 +122,8 @@ def run_bench(
     )
     if not dry:
         left = [p.stem for p in paths if not p.exists()]
-        typer.echo(f"{len(paths) - len(left)} results in {out}; see them with: datablame bench show --out {out}")
+        see = f"datablame bench show --scale {scale} --out {shlex.quote(str(out))}"
+        typer.echo(f"results in {out}: {len(paths) - len(left)}; see them with: {see}")
         if left:
             typer.echo(f"another process is still at {', '.join(left)}")
         if failed := [f"{p.stem}: {run}: {why}" for p in paths if p.exists() for run, why in failures(p).items()]:
@@ -209,8 +211,13 @@ def retrain_bench(
     typer.echo(f"results: {', '.join(str(p) for p in paths)}")
 
 
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+def _split(text: str | None, option: str) -> Any:
+    """Names separated by commas; None where the option was not given. Raises UserError for none at all."""
+    if text is None:
+        return None
+    if not (names := [part.strip() for part in text.split(",") if part.strip()]):
+        raise UserError(f"{option} {text!r}: names nothing; leave it out, or give names separated by commas.")
+    return names
 
 
 def numbers(text: str | None) -> list[int] | None:

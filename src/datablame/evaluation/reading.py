@@ -113,6 +113,7 @@ def _csv(path: Path, queries: int, rows: int) -> Matrix | pd.DataFrame:
     if not _fits(grid, header, index):
         turned = len(grid) - rows, len(grid[0]) - queries
         header, index = turned if _fits(grid, *turned) else (0, 0)
+        _check_commas(path, grid)
         check_counts(str(path), (len(grid) - header, len(grid[0]) - index), queries, rows)
     values = [line[index:] for line in grid[header:]]
     try:
@@ -145,6 +146,13 @@ def _fields(path: Path) -> tuple[list[list[str]], list[int]]:
         if len(line) != len(grid[0]):
             raise UserError(f"{path}, line {number}: {len(line)} fields, the first line has {len(grid[0])}.")
     return grid, numbers
+
+
+def _check_commas(path: Path, grid: list[list[str]]) -> None:
+    """Raise UserError where lines of one field hold what other programs separate by."""
+    odd = {";": "semicolons", "\t": "tabs"}
+    if found := [words for mark, words in odd.items() if len(grid[0]) == 1 and mark in grid[0][0]]:
+        raise UserError(f"{path}: the fields seem to be separated by {found[0]}; use commas.")
 
 
 def _fits(grid: list[list[str]], header: int, index: int) -> bool:

@@ -27,10 +27,11 @@ PAPER = (
     "exact:damping=1.0,unit=rank@padded",
     "gradcos@padded",
     "adamdot:center=1,relatif=l@padded",
+    "gradnorm@padded",
     "repsim:layer=last,text=prompt",
 )
 """The released code's methods and its λ on its loss; below them, on the same loss, the exact solutions, with that λ
-and with one as large as the curvature is where there is any, the cosine, and the gradients in Adam's scale."""
+and with one as large as the curvature is where there is any, the cosine, the gradients in Adam's scale, and their norm."""
 
 SIDES = ("response", "prompt", "all")
 BY_SIDE = (
@@ -65,7 +66,6 @@ CONTROLS = (
     "gradnorm@response",
     "gradnorm@prompt",
     "gradnorm@all",
-    "gradnorm@padded",
     "length",
     "random",
 )

@@ -74,8 +74,8 @@ def run(
     first = seed if several is None else several[0]
     asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
     request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels, cells_in=cells)
+    quiet_libraries()
     if name == ALL:
-        quiet_libraries()
         _run_all(request)
         return
     path = module(name).run(request)
