@@ -19,6 +19,7 @@ from datablame.evaluation import bench as bench_module
 from datablame.evaluation import forecast, retraining, truth
 from datablame.evaluation.bench import lacking, read_result, to_json
 from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
+from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import LADDER, PAPER, REPSIM_LADDER, SOUND, runs, split
 from datablame.models import ModelSpec, load

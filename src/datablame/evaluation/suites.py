@@ -31,7 +31,7 @@ PAPER = (
     "repsim:layer=last,text=prompt",
 )
 """The released code's methods and its λ on its loss; below them, on the same loss, the exact solutions, with that λ
-and with one as large as the curvature is where there is any, the cosine, the gradients in Adam's scale, and their norm."""
+and with one as large as the curvature is where there is any, the cosine, gradients in Adam's scale, and their norm."""
 
 SIDES = ("response", "prompt", "all")
 BY_SIDE = (
