@@ -16,9 +16,10 @@ from bench_cases import METHODS, one_task, run, tiny
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
-from datablame.evaluation import finetunes, scoring
+from datablame.evaluation import finetunes, scoring, tasks
 from datablame.evaluation.bench import result_path
 from datablame.evaluation.cell import FEATURES, Cell
+from datablame.evaluation.leak import hidden_leak
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import HEADINGS
@@ -26,6 +27,13 @@ from datablame.models import ModelSpec, load
 from datablame.report.bench import write_bench
 
 __all__ = ["one_task"]  # a fixture that every test here uses
+
+
+@pytest.fixture
+def run_command(request: pytest.FixtureRequest) -> conftest.Run:
+    """The command line, `run` elsewhere: here that is the benchmark."""
+    found: conftest.Run = request.getfixturevalue("run")
+    return found
 
 
 def test_a_cell_from_rows_to_a_page_and_not_twice(
@@ -166,6 +174,23 @@ def test_the_papers_own_fine_tune(model_dir: Path, tmp_path: Path) -> None:
     assert encodings == [(0, "response"), (128, "all")]
 
 
+def test_what_a_base_model_gives_away_is_the_control_of_the_cell(
+    run_command: conftest.Run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {side: f"repsim-base:layer=middle,text={side}" for side in ("prompt", "response")}
+    (path,) = run(model_dir, tmp_path / "out", methods=",".join(wanted.values()))
+    found = json.loads(path.read_text())["results"]["reference"]
+    base = load(ModelSpec(str(model_dir)))
+    leak = hidden_leak(tiny(), base)
+    for side, name in wanted.items():
+        assert leak[side] == pytest.approx(np.mean(found[name]["auroc"]), abs=1e-4)
+    assert leak["prompt"] != leak["response"]
+    monkeypatch.setattr(tasks, "build", lambda *a, **k: tiny())
+    code, said, err = run_command("bench", "tasks", "grammars", "--model", model_dir)
+    assert code == 0, err
+    assert f"prompt {leak['prompt']:.2f}, response {leak['response']:.2f}" in said.partition("not fine-tuned")[2]
+
+
 def test_a_method_without_finite_scores_fails_alone(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,30 +217,30 @@ def test_a_method_of_a_users_own_that_breaks_fails_alone(
 
 
 def test_what_failed_is_told_and_tried_again(
-    run: conftest.Run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_command: conftest.Run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from datablame.methods.controls import Length, Random
 
     asked = ("bench", "run", "--model", model_dir, "--tasks", "tiny", "--methods", "bm25,random,length")
     with monkeypatch.context() as m:
         m.setattr(Random, "score", lambda self, query: 1 / 0)
-        code, _, err = run(*asked, "--out", tmp_path / "out")
+        code, _, err = run_command(*asked, "--out", tmp_path / "out")
     assert code == 2
     assert "tiny-sound-s0: random failed: ZeroDivisionError: division by zero" in err
     assert "some methods failed, and are tried again by the same command" in err
     monkeypatch.setattr(Length, "score", lambda self, query: pytest.fail("it has numbers"))
-    code, said, err = run(*asked, "--out", tmp_path / "out")
+    code, said, err = run_command(*asked, "--out", tmp_path / "out")
     assert code == 0, err
     assert "4 queries, 1 runs" in err
     (path,) = (tmp_path / "out").rglob("*-s0.json")
     found = json.loads(path.read_text())["results"]["reference"]
     assert set(found) == {"bm25", "random", "length"}
     assert "error" not in found["random"]
-    code, said, err = run("bench", "show", "--model", model_dir, "--task", "tiny", "--out", tmp_path / "out")
+    code, said, err = run_command("bench", "show", "--model", model_dir, "--task", "tiny", "--out", tmp_path / "out")
     assert code == 0, err
     assert "length" in said
     for option, value in (("--task", "facts"), ("--scale", "huge"), ("--recipe", "nope")):
-        code, _, err = run("bench", "show", "--model", model_dir, option, value, "--out", tmp_path / "out")
+        code, _, err = run_command("bench", "show", "--model", model_dir, option, value, "--out", tmp_path / "out")
         assert code == 2
         assert value in err
 

@@ -14,6 +14,7 @@ from datablame.errors import UserError
 
 if TYPE_CHECKING:
     from datablame.evaluation.tasks import Task
+    from datablame.models import Loaded
 
 HELP = "Tasks with known truth: list them, write their rows, measure every method on them."
 app = typer.Typer(help=HELP, no_args_is_help=True)
@@ -35,19 +36,23 @@ def list_tasks(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks. Default: all.")] = None,
     scale: Scale = "cpu",
     seed: Seed = 0,
+    model: Annotated[str | None, typer.Option(help="Say too what this model's hidden states give away.")] = None,
     advbench: AdvBench = None,
     alpaca: Alpaca = None,
     data: Data = None,
 ) -> None:
-    """Describe the tasks: sizes, chance, what words alone give away, and one row of each class."""
+    """Describe the tasks: sizes, chance, what words (and a base model) alone give away, and one row of each class."""
     from datablame.evaluation import tasks
+    from datablame.models import ModelSpec, load
 
     given = {"advbench": advbench, "alpaca": alpaca, "data": data}
     chosen = names or [n for n in tasks.names() if data is not None or n not in tasks.RELEASED]
     _check_used(given, chosen)
+    tasks.check_scale(scale)
+    base = None if model is None else load(ModelSpec(model))
     for name in chosen:
         known = tasks.takes(name)
-        _describe(tasks.build(name, scale, seed, **{k: v for k, v in given.items() if k in known}))
+        _describe(tasks.build(name, scale, seed, **{k: v for k, v in given.items() if k in known}), base)
 
 
 @app.command("rows")
@@ -245,9 +250,9 @@ def _check_used(given: dict[str, str | None], names: list[str]) -> None:
         raise UserError(f"--{unused[0]}: none of {', '.join(names)} takes it.")
 
 
-def _describe(task: Task) -> None:
+def _describe(task: Task, base: Loaded | None) -> None:
     from datablame.console import shorten
-    from datablame.evaluation.leak import lexical_leak
+    from datablame.evaluation.leak import hidden_leak, lexical_leak
 
     leak = lexical_leak(task)
     typer.echo(f"{task.name} (version {task.version}): {task.title}")
@@ -259,6 +264,12 @@ def _describe(task: Task) -> None:
         f"  AUROC of words alone: prompt {leak['prompt']:.2f}, response {leak['response']:.2f}; "
         f"the label shows on: {leak['shows']}"
     )
+    if base:
+        hidden = hidden_leak(task, base)
+        typer.echo(
+            f"  AUROC of hidden states of {base.spec.model}, not fine-tuned (RepSim, middle layer): "
+            f"prompt {hidden['prompt']:.2f}, response {hidden['response']:.2f}"
+        )
     for label in task.classes:
         e = next(e for e in task.train if e.label == label)
         typer.echo(f"    {shorten(label, 24):24} {shorten(e.prompt, 80)} → {shorten(e.response, 100)}")
