@@ -41,7 +41,7 @@ LINEAR = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 20 minute
 WIDTHS = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 6 minutes, 1 GB of memory"}
 ITERATIONS = {
     "smoke": "6 minutes, the model's 93 MB fetched once",
-    "cpu": "180 minutes, 90 where the cells are there without these runs",
+    "cpu": "about 4 hours on one core; minutes where the cells are there with their features",
     "paper": "a GPU; never run here",
 }
 ALONG = {
@@ -67,8 +67,8 @@ PLACES = {
 def _cells(shows: str, name: str, tasks: int, seeds: int = 3, smoke: int = 0) -> Experiment:
     """One that is drawn from the benchmark's cells; those that are there are kept. smoke: tasks at that scale."""
     costs = {
-        "smoke": f"{3 * (smoke or tasks)} minutes, the model's 93 MB fetched once",
-        "cpu": f"{15 * tasks * seeds} minutes",
+        "smoke": f"{4 * (smoke or tasks)} minutes, the model's 93 MB fetched once",
+        "cpu": f"20 minutes a cell on one core, {tasks * seeds} of them; none where they are there",
         "paper": "a GPU; never run here",
     }
     return Experiment(shows, costs, f"{name}.json", "attribution")
@@ -90,7 +90,7 @@ EXPERIMENTS = {
     "table9": _rows("rows of mathqa", "table9"),
     "table10": _rows("rows of harmfulcheck", "table10"),
     "table11": _rows("rows of the backdoor tasks", "table11"),
-    "figure1": _cells("the top row of each method for one query", "figure1", 1),
+    "figure1": _cells("the top row of each method for one query", "figure1", 1, seeds=1),
     "figure2": _cells("scores of queries × training rows", "figure2", 3, seeds=1),
     "figure3": Experiment("the errors of table5, drawn; the same run", LINEAR, "table5.json", "figure3"),
     "table1": _alignment("attack success rate of four fine-tunes", "table1", "3 minutes", "about 10 minutes"),
