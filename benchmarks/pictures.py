@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datablame.paper import experiment, module
+from datablame.report.paper import escaped
 
 ROOT = Path(__file__).parents[1]
 PAPER, DOCS = ROOT / "benchmarks" / "results" / "paper", ROOT / "docs"
@@ -55,7 +56,7 @@ def view_of(picture: Picture) -> dict[str, Any] | None:
     if not (PAPER / experiment(picture.name).result).exists():
         return None
     views = module(picture.name).show(PAPER, picture.name).views
-    return dict(views[picture.view or next(iter(views))])
+    return escaped(views[picture.view or next(iter(views))])
 
 
 def digest(view: dict[str, Any]) -> str:

@@ -411,6 +411,13 @@ def test_tables_and_figures_are_drawn_from_the_cells(
     elif name == "figure1":
         (row,) = (r for r in page.tables[0].rows if r[0] == "graddot@padded")
         assert row[2] == "right"
+        ((trace,),) = (view["data"] for view in page.views.values())
+        assert go.Figure(page.views["grammars"]).data
+        cells = trace["cells"]
+        at = cells["values"][0].index("graddot@padded")
+        assert [column[at] for column in cells["values"]] == row
+        wrong = next(k for k, verdict in enumerate(cells["values"][2]) if verdict == "wrong")
+        assert cells["fill"]["color"][0][at] != cells["fill"]["color"][0][wrong]
     else:
         assert len(page.views) == 3 * 7
         assert all(go.Figure(view).data for view in page.views.values())

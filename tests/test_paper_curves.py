@@ -32,9 +32,9 @@ from datablame.evaluation.tasks.base import Task, examples, same_label
 from datablame.indexing import SILENT
 from datablame.methods import parse
 from datablame.models import ModelSpec, load
-from datablame.paper import figure4, figure5, results
+from datablame.paper import attribution, figure4, figure5, results
 from datablame.paper.panels import Style, curve, level, panels, share
-from datablame.report.paper import write_page
+from datablame.report.paper import escaped, write_page
 from datablame.store import FeatureStore
 from datablame.tuning import TuneOptions
 
@@ -75,6 +75,19 @@ def whole(page: paper.Page) -> None:
         figure = go.Figure(view)
         assert len(figure.data) == len(view["data"]) > 0
         assert all(np.isfinite([float(v) for v in t.y]).all() for t in figure.data)
+
+
+def test_a_drawn_table_is_escaped() -> None:
+    view = attribution._drawn("<b>t</b>", ["run", "class", "", "row"], [["a", "<i>b</i>", "right", "%{x} <a href=x>"]])
+    shown = escaped(view)
+    assert shown["layout"]["title"]["text"] == "&lt;b&gt;t&lt;/b&gt;"
+    assert shown["data"][0]["cells"]["values"] == [
+        ["a"],
+        ["&lt;i&gt;b&lt;/i&gt;"],
+        ["right"],
+        ["% {x} &lt;a href=x&gt;"],
+    ]
+    assert view["layout"]["title"]["text"] == "<b>t</b>"
 
 
 def test_panels_are_escaped_and_numbers_stay_numbers(tmp_path: Path) -> None:

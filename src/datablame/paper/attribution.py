@@ -90,7 +90,8 @@ def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
     data = []
     for task, results in found.items():
         means = [results.interval(run, "accuracy") for run in results.runs]
-        half = [(i.high - i.low) / 2 for i in means]
+        fixed = [results.fixed(run) for run in results.runs]
+        half = [0.0 if one else (i.high - i.low) / 2 for one, i in zip(fixed, means, strict=True)]
         error = {"type": "data", "array": half, "thickness": 1, "width": 2}
         bars = {"x": results.runs, "y": [i.value for i in means], "error_y": error}
         data.append({"type": "bar", "name": task, **bars})
@@ -98,9 +99,10 @@ def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
     notes = [
         "Top-1 accuracy with its 95 % interval / coverage, in percent; chance in the last row.",
         "R and B: better (+), worse (−) or not significantly different (=) from the paper's RepSim and from BM25, at "
-        "5 % after Holm's correction over the table. The paper's numbers are of Llama-2-7B-chat, on other rows.",
+        "5 % after Holm's correction over the table. ≡: one ranking for all queries, which are of one class; neither "
+        "interval nor test. The paper's numbers are of Llama-2-7B-chat, on other rows.",
         "The first lines say on which side a task's label shows, what words alone find, and what the length of a row "
-        "finds, whatever the query.",
+        "and the norm of its gradient find, whatever the query.",
     ]
     plain = [[cell.replace("`", "") for cell in row] for row in rows]
     return {
@@ -113,7 +115,7 @@ def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
 def _top_rows(name: str, found: dict[str, Any]) -> dict[str, Any]:
     from datablame.evaluation.figures import top_table
 
-    tables = []
+    tables, views = [], {}
     for task, results in found.items():
         drawn = top_table(results)
         if drawn is None:
@@ -123,11 +125,28 @@ def _top_rows(name: str, found: dict[str, Any]) -> dict[str, Any]:
             )
         title, (headings, *rows) = drawn
         tables.append(Table(title, headings, rows))
+        views[task] = _drawn(title, headings, rows)
     return {
         "notes": ["The training row that each method ranks first, for the first query."],
         "tables": tables,
-        "views": {},
+        "views": views,
     }
+
+
+def _drawn(title: str, headings: list[str], rows: list[list[str]]) -> dict[str, Any]:
+    """A table as a picture."""
+    right = ["#e3f2ec" if row[2] == "right" else "#fbe9dd" for row in rows]
+    shape = {"align": "left", "font": {"size": 12}}
+    trace: dict[str, Any] = {"type": "table", "columnwidth": [5, 2, 1, 9]}
+    trace["header"] = {**shape, "values": headings}
+    trace["cells"] = {
+        **shape,
+        "values": [list(column) for column in zip(*rows, strict=True)],
+        "fill": {"color": [right] * len(headings)},
+        "height": 24,
+    }
+    heading = {"text": title, "font": {"size": 13}}
+    return {"data": [trace], "layout": {"title": heading, "height": 140 + 52 * len(rows), "margin": {"t": 60}}}
 
 
 def _heat_maps(name: str, found: dict[str, Any]) -> dict[str, Any]:

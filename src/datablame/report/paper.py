@@ -22,7 +22,7 @@ def write_page(page: Page, path: Path) -> Path:
         page=page,
         version=__version__,
         settings=list(flat(page.settings)),
-        views=script_safe(json.dumps(list(map(_escaped, page.views.values())))),
+        views=script_safe(json.dumps(list(map(escaped, page.views.values())))),
         plotly=get_plotlyjs(),
     )
     try:
@@ -32,10 +32,14 @@ def write_page(page: Page, path: Path) -> Path:
     return path
 
 
-def _escaped(view: dict[str, Any]) -> dict[str, Any]:
-    """Names, categories and titles in which plotly finds no tag of its own."""
+def escaped(view: dict[str, Any]) -> dict[str, Any]:
+    """Names, categories, cells and titles in which plotly finds no tag of its own."""
     data = []
     for trace in view["data"]:
+        if trace["type"] == "table":
+            values = [[plotly_text(text, 240) for text in column] for column in trace["cells"]["values"]]
+            data.append({**trace, "cells": {**trace["cells"], "values": values}})
+            continue
         labels: dict[str, Any] = {"name": plotly_text(trace["name"]), "x": list(map(_category, trace["x"]))}
         if trace["type"] == "heatmap":
             labels["y"] = list(map(_category, trace["y"]))
@@ -43,6 +47,8 @@ def _escaped(view: dict[str, Any]) -> dict[str, Any]:
     layout = dict(view["layout"])
     if "annotations" in layout:
         layout["annotations"] = [{**a, "text": plotly_text(a["text"])} for a in layout["annotations"]]
+    if "title" in layout:
+        layout["title"] = {**layout["title"], "text": plotly_text(layout["title"]["text"], 240)}
     return {**view, "data": data, "layout": layout}
 
 
