@@ -18,7 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
-from datablame.evaluation.suites import DAMPING, EXACTNESS
+from datablame.evaluation.suites import DAMPING, EXACTNESS, RETRAINED
 from datablame.paper import experiment, module
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
@@ -233,6 +233,10 @@ def render(text: str) -> str:
         name = match[2]
         if (drawn := _bench(name)) is not None:
             return f"{match[1]}{drawn}\n{match[3]}"
+        if name == "lds_some":
+            found, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
+            rows = truth_tables.lds_some(found, RETRAINED)
+            return f"{match[1]}{bench_tables.markdown(rows) if found else '*Not run yet.*'}\n{match[3]}"
         if name in ("removal", "lds"):
             return f"{match[1]}{retraining(name)}\n{match[3]}"
         if name in SHOWN:

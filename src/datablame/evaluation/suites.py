@@ -169,6 +169,34 @@ EXACTNESS = tuple(
     )
 )
 """From no inverse at all to the exact one, on the loss with and without the prompt."""
+RETRAINED = (
+    ("gradient similarity, as released", "graddot@padded"),
+    ("cosine, on the loss as released", "gradcos@padded"),
+    ("LiSSA, as released", "lissa:protocol=paper,steps=10,damping=0.1@padded"),
+    ("DataInf, as released", "datainf:damping=0.1@padded"),
+    ("solved, over all blocks, on the loss as released", "exact:damping=0.1@padded"),
+    ("solved, by block, on the loss as released", "exact-block:damping=0.1@padded"),
+    ("dot product, padding out of the loss", "graddot@all"),
+    ("prompt out of the loss too", "graddot@response"),
+    ("cosine, on the response's loss", "gradcos:over=row@response"),
+    ("centred", "gradcos:over=row,center=1@response"),
+    ("Adam-scaled", "adamdot:center=1,relatif=l@response"),
+    ("DataInf", "datainf:damping=0.1@response"),
+    ("LiSSA, 10 steps", "lissa:steps=10,damping=0.1@response"),
+    ("solved, by block", "exact-block:damping=0.1@response"),
+    ("by block, λ as large as the curvature", "exact-block:damping=1.0,unit=rank@response"),
+    ("solved, over all blocks", "exact:damping=0.1@response"),
+    ("over all blocks, λ as large as the curvature", "exact:damping=1.0,unit=rank@response"),
+    ("by block, prompt in the loss", "exact-block:damping=1.0,unit=rank@all"),
+    ("RepSim, as released", "repsim:layer=last,text=prompt"),
+    ("RepSim, middle layer, mean over the response", "repsim:layer=middle,text=response"),
+    ("the same, base model", "repsim-base:layer=middle,text=response"),
+    ("BM25", "bm25:text=both"),
+    ("BM25, response alone", "bm25:text=response"),
+    ("the row's length alone", "length"),
+    ("the norm of the row's gradient alone", "gradnorm@response"),
+)
+"""What is held against retraining in few rows."""
 DAMPING = {
     words: (
         ("cosine, centred", f"gradcos:over=row,center=1@{view}"),

@@ -156,17 +156,10 @@ def lds_rows(results: Results) -> Rows:
     R and B: better (+), worse (−) or not significantly different (=) from RepSim and BM25, at 5 % after Holm's
     correction over the table. Intervals and tests are by the jackknife over half-sets.
     """
-    runs = results[0]["runs"]
-    of = {run: [r["lds"][run] for r in results] for run in runs}
-    beside = {x: ref for x, ref in REFERENCES.items() if ref in of}
-    tests = corrected(
-        {(x, run): estimate(of[run], of[ref]).tested() for x, ref in beside.items() for run in runs if run != ref}
-    )
     table: dict[str, dict[str, str]] = {}
-    for run in runs:
+    for run, cell in _lds_cells(results).items():
         method, _, view = run.partition("@")
-        marks = " ".join(f"{x}{_sign(tests[x, run])}" for x in beside if (x, run) in tests)
-        table.setdefault(method, {})[view] = _told(estimate(of[run]).interval(), ".2f", marks)
+        table.setdefault(method, {})[view] = cell
     views = [*(v for v in VIEWS if any(v in cells for cells in table.values())), ""]
     rows = [["method", *(v or "no view" for v in views)]]
     rows += [[f"`{method}`", *(cells.get(v, "") for v in views)] for method, cells in table.items()]
@@ -180,6 +173,28 @@ def lds_rows(results: Results) -> Rows:
         ),
     }
     return rows + [[name, *("" for _ in views[1:]), _told(i, ".2f")] for name, i in ends.items()]
+
+
+def lds_some(found: Mapping[str, Results], told: Sequence[tuple[str, str]]) -> Rows:
+    """Some runs, `(name, run)`, a task a column, with the marks of the whole table; what knowing the class gets."""
+    columns = {task: _lds_cells(results) for task, results in found.items()}
+    rows = [[f"{name} `{run}`", *(cells.get(run, "–") for cells in columns.values())] for name, run in told]
+    for name, key in (("knowing the class", "knowing_the_class"), ("two trainings agree to", "noise_ceiling")):
+        ends = (estimate([r[key] for r in results]).interval() for results in found.values())
+        rows.append([name, *(_told(i, ".2f") for i in ends)])
+    return [["linear datamodeling score", *found], *rows]
+
+
+def _lds_cells(results: Results) -> dict[str, str]:
+    """Of each run: its score with its interval, and the marks of its tests, corrected over all."""
+    runs = results[0]["runs"]
+    of = {run: [r["lds"][run] for r in results] for run in runs}
+    beside = {x: ref for x, ref in REFERENCES.items() if ref in of}
+    tests = corrected(
+        {(x, run): estimate(of[run], of[ref]).tested() for x, ref in beside.items() for run in runs if run != ref}
+    )
+    marks = {run: " ".join(f"{x}{_sign(tests[x, run])}" for x in beside if (x, run) in tests) for run in runs}
+    return {run: _told(estimate(of[run]).interval(), ".2f", marks[run]) for run in runs}
 
 
 def _mapped(r: Interval, f: Callable[[float], float]) -> Interval:
