@@ -268,8 +268,8 @@ def test_the_forecast_counts_their_passes(model_dir: Path, monkeypatch: pytest.M
         assert need
         assert forecast.passes(need, 120) == pytest.approx(expected)
     cell = Cell(str(model_dir), "tiny", "cpu", 0)
-    usual, more = forecast.tokens(cell, task()), forecast.tokens(cell, task(), [suites.BEYOND["kfac"]])
-    again = forecast.tokens(cell, task(), [suites.BEYOND["kfac"]], views=False)
+    usual, more = forecast.tokens(cell, task()), forecast.tokens(cell, task(), ["kfac"])
+    again = forecast.tokens(cell, task(), ["kfac"], views=False)
     tokenizer = forecast.load_tokenizer(str(model_dir))
     train, queries = (
         sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in rows)

@@ -63,6 +63,7 @@ OPTIONS = {
     "bif": ["correlation=true"],
     "cg": ["steps=1", "damping=1e-6", "matrix=hessian"],
     "minres": ["damping=1e-6"],
+    "subspace": ["matrix=fisher", "matrix=hessian,damping=1e-6"],
 }
 """Options that change the arithmetic; every method runs as it is, too."""
 
@@ -274,7 +275,7 @@ def operator(case: Case) -> Case:
     """Products with the empirical Fisher of the gradients themselves; without curvature every method refuses."""
     whole = torch.cat([g.double() for g in case.train.values()], dim=1) if case.train else torch.zeros(0, 0)
     train = Operator(case.train, lambda matrix, x: (x @ whole.T) @ whole / max(1, len(whole)))
-    refused = "mean eigenvalue of the Gauss-Newton matrix is estimated at 0" if case.zero else case.refused
+    refused = "so damping has no unit. Are all gradients zero" if case.zero else case.refused
     may_refuse = "is not finite" if case.may_refuse else ""
     return case._replace(train=train, refused=refused, may_refuse=may_refuse, no_gradient=False)
 

@@ -117,9 +117,10 @@ def _scored(spec: str, method: Method, inputs: Inputs, notes: list[str], reporte
     # LiSSA's residual counts the part of the query that no training row meets, and says nothing of the scores.
     for left in getattr(method, "residual", {}).values() if method.needs == "operator" else ():
         if (residual := float(np.median(left.numpy()))) > UNSOLVED:
+            more = "More steps or more damping bring" if hasattr(method, "steps") else "More damping brings"
             notes.append(
                 f"{spec}: its equation is left with a residual of {residual:.2g} (median over queries), so that these "
-                "are not the scores of its solution. More steps or more damping bring it down."
+                f"are not the scores of its solution. {more} it down."
             )
     return scores
 

@@ -250,7 +250,7 @@ def _plan(
         if missing:
             left.append((cell, task, missing))
             views = not _there(path, expected) or any(not beyond(run) for run in missing)
-            count += tokens(cell, task, groups(missing), views=views)
+            count += tokens(cell, task, missing, views=views)
         else:
             finished += 1
     return Plan(left, finished, count)

@@ -42,6 +42,8 @@ CHECKPOINTS = 4
 """So many of a training are taken, about as far apart; the last is the adapter's own."""
 OPERATOR = {"rows": 32, "queries": 8, "steps": 20}
 """Limits for products with the live model's curvature: each takes passes over all rows for every query."""
+VECTORS = 128
+"""Limit, rows and queries together, for a method without steps: one product with so many vectors, all in memory."""
 
 
 def groups(runs: Sequence[str]) -> dict[Beyond, list[str]]:
@@ -60,7 +62,7 @@ def costly_results(
 
     Where the features cannot be captured, every run says why.
     """
-    start, refused = time.perf_counter(), {run: why for run in runs if (why := _refused(run, task))}
+    start, refused = time.perf_counter(), {run: why for run in runs if (why := limited(run, task))}
     scored: Results = {s: {run: Scored(None, why, 0.0, limit=True) for run, why in refused.items()} for s in RESPONSES}
     left, seconds = [run for run in runs if run not in refused], 0.0
     steps: list[int] = []
@@ -84,12 +86,16 @@ def costly_results(
     return {s: {run: found[run] | captured for run in runs} for s, found in results.items()}
 
 
-def _refused(run: str, task: Task) -> str:
+def limited(run: str, task: Task) -> str:
     """Why this run is beyond a limit; empty where it is not."""
     method = parse(split(run)[0])
     if method.needs != "operator":
         return ""
     sizes = {"rows": len(task.train), "queries": len(task.queries), "steps": getattr(method, "steps", 0)}
+    if not hasattr(method, "steps"):
+        if sizes["rows"] + sizes["queries"] <= VECTORS:
+            return ""
+        return f"{sizes['rows']} rows, {sizes['queries']} queries: a cell allows at most {VECTORS} of both together."
     if not [what for what, size in sizes.items() if size > OPERATOR[what]]:
         return ""
     most = ", ".join(f"{limit} {what}" for what, limit in OPERATOR.items())

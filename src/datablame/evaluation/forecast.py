@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datablame.encoding import Encoding, encode_rows
-from datablame.evaluation.cell import Cell, options
-from datablame.evaluation.costly import CHECKPOINTS
-from datablame.evaluation.suites import Beyond
+from datablame.evaluation.cell import RESPONSES, Cell, options
+from datablame.evaluation.costly import CHECKPOINTS, groups, limited
+from datablame.evaluation.suites import Beyond, split
 from datablame.evaluation.tasks import Task
 from datablame.evaluation.views import PAD_TO
 from datablame.extras import parse_list
 from datablame.indexing import duration
+from datablame.methods import parse
 from datablame.models import Loaded, load_tokenizer
 from datablame.tuning import make_trainer
 
@@ -43,10 +44,10 @@ class Plan:
         )
 
 
-def tokens(cell: Cell, task: Task, needs: Iterable[Beyond] = (), *, views: bool = True) -> int:
+def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = True) -> int:
     """Tokens forward and backward, roughly: training, three views of rows and of both sets of responses.
 
-    needs: kinds of features beyond them, each with its passes · views: are those three still to be captured?
+    runs: with features or products beyond them, each with its passes · views: are those three still to be captured?
     Answers and scores are not counted: at cpu scale they take about the time that the views, whose batches are larger,
     stay below the rate of the training.
     """
@@ -57,7 +58,8 @@ def tokens(cell: Cell, task: Task, needs: Iterable[Beyond] = (), *, views: bool 
     epochs = options(cell, task).epochs
     per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
     usual = 2.3 * (train + queries) + padded if views else 0.0
-    more = [passes(need, len(task.train)) for need in needs]
+    more = [passes(need, len(task.train)) for need in groups(runs)]
+    more += [(products(run, task), 0.0) for run in runs]
     return int(epochs * per_epoch + usual + sum(a * train + b * queries for a, b in more))
 
 
@@ -73,6 +75,18 @@ def passes(need: Beyond, rows: int) -> tuple[float, float]:
     chains = sum(e.steps * e.batch / rows for e in extras if isinstance(e, Langevin))
     on_queries = sum(e.passes for e in extras if e.on_queries)
     return both + sum(e.passes for e in extras) + chains, both + on_queries
+
+
+def products(run: str, task: Task) -> float:
+    """Forward and backward passes over the training rows, at most, for the curvature products of a run on all responses.
+
+    One a call, whose graph costs as much, and two times backward for each vector; none for a run beyond a limit.
+    """
+    method: Any = parse(split(run)[0])
+    if method.needs != "operator" or limited(run, task):
+        return 0.0
+    n, m = len(task.train), len(task.queries)
+    return len(RESPONSES) * (method.calls(m) + 4 / 3 * method.vectors(n, m))
 
 
 def tokens_per_second(loaded: Loaded, cell: Cell, task: Task) -> float:

@@ -47,6 +47,7 @@ BUILTIN = {
     "daunce": "covariance:Daunce",
     "cg": "krylov:CG",
     "minres": "krylov:MinRes",
+    "subspace": "subspace:Subspace",
 }
 """name -> module:class inside this package."""
 

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from datablame.methods.blockwise import OnGradients
 from datablame.methods.gram import product, squares
@@ -22,7 +22,81 @@ CHUNK = 8
 
 
 @dataclass(kw_only=True)
-class CG(OnGradients):
+class OnOperator(OnGradients):
+    """What the methods share that solve `(H + λI) r = v` with products of H; a method gives `_solutions`."""
+
+    matrix: str = "gauss-newton"
+    damping: float = 0.1
+    residual: dict[float, Float[Tensor, "m 1"]] = field(default_factory=dict, init=False, repr=False)
+    needs = "operator"
+    matrices: ClassVar[tuple[str, ...]] = ("gauss-newton", "hessian")
+
+    def __post_init__(self) -> None:
+        if self.matrix not in self.matrices:
+            *most, last = self.matrices
+            raise self._error(f"matrix={self.matrix!r}; use {', '.join(most)} or {last}.")
+        self._check_above("damping", self.damping)
+
+    def _check_above(self, option: str, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._error(f"{option}={value!r}; use a number above 0.")
+
+    def fit(self, train: Operator) -> Self:  # type: ignore[override]
+        """Take `Operator({block: [n, D]}, product)`."""
+        self.product = train.product
+        return super().fit(train.gradients)
+
+    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
+        """`[m, n]`."""
+        return self.sweep(query, [self.damping])[self.damping]
+
+    def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
+        """`{damping: [m, n]}` from one space; sets `residual` and `lowest`."""
+        import torch
+
+        for damping in dampings:
+            self._check_above("damping", damping)
+        sizes, v = [], []
+        for _, g, v_b in self.pairs(query):
+            sizes.append(g.shape[1])
+            v.append(v_b.double())
+        squares(x := torch.cat(v, dim=1))
+        parts = zip(self.train, self._solutions(x, dampings).split(sizes, dim=2), strict=True)
+        by_block = [torch.stack([product(r_d, self.train[b]) for r_d in r_b]) for b, r_b in parts]
+        return {d: self.finish(s) for d, s in zip(dampings, torch.stack(by_block).sum(dim=0), strict=True)}
+
+    def _solutions(self, v: Float[Tensor, "m D"], dampings: Sequence[float]) -> Float[Tensor, "s m D"]:
+        """r for each damping."""
+        raise NotImplementedError
+
+    def calls(self, m: int) -> int:
+        """Calls of `product` (each a pass over the rows) for m queries, at most."""
+        raise NotImplementedError
+
+    def vectors(self, n: int, m: int) -> int:
+        """Vectors in all these calls together, for n training rows, at most."""
+        raise NotImplementedError
+
+    def _times(self, x: Float[Tensor, "k D"], matrix: str | None = None) -> Float[Tensor, "k D"]:
+        return self._finite(self.product(matrix or self.matrix, x), matrix or self.matrix)
+
+    def _finite(self, hx: Float[Tensor, "k D"], matrix: str) -> Float[Tensor, "k D"]:
+        if not hx.isfinite().all():
+            raise self._error(f"a product with the {matrix} matrix is not finite; index with --dtype float64.")
+        return hx
+
+    def _refuse_negative(self, low: float, shift: float, mean: float) -> None:
+        """Raise UserError where λ = `shift` leaves `low`, the lowest eigenvalue found, not above 0."""
+        if low + shift <= 0:
+            others = "minres, matrix=gauss-newton, or " if self.matrix == "hessian" else ""
+            raise self._error(
+                f"H + λI is not positive definite: H has negative curvature, {low:.3g}, and λ is {shift:.3g}. "
+                f"Use {others}a damping above {_up(-low / mean):g}."
+            )
+
+
+@dataclass(kw_only=True)
+class CG(OnOperator):
     """`V (H + λI)⁻¹ Gᵀ` by k steps of conjugate gradients for each query, H the Gauss-Newton matrix or the Hessian.
 
     Lanczos builds an orthonormal basis Q of v, Hv, … , Hᵏ⁻¹v and the tridiagonal `T = QᵀHQ`, once for every damping;
@@ -39,69 +113,39 @@ class CG(OnGradients):
     """
 
     matrix: Literal["gauss-newton", "hessian"] = "gauss-newton"
-    damping: float = 0.1
     steps: int = 20
     tolerance: float = 1e-4
     probes: int = 8
     seed: int = 0
-    residual: dict[float, Float[Tensor, "m 1"]] = field(default_factory=dict, init=False, repr=False)
     lowest: Float[Tensor, " m"] | None = field(default=None, init=False, repr=False)
-    needs = "operator"
 
     def __post_init__(self) -> None:
-        if self.matrix not in ("gauss-newton", "hessian"):
-            raise self._error(f"matrix={self.matrix!r}; use gauss-newton or hessian.")
+        super().__post_init__()
         for option, least in (("steps", 1), ("probes", 1), ("seed", 0)):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise self._error(f"{option}={value!r}; use a whole number from {least}.")
-        for option in ("damping", "tolerance"):
-            self._check_above(option, getattr(self, option))
+        self._check_above("tolerance", self.tolerance)
 
-    def _check_above(self, option: str, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self._error(f"{option}={value!r}; use a number above 0.")
+    def calls(self, m: int) -> int:
+        """One for all probes, one a step."""
+        return 1 + self.steps * math.ceil(m / CHUNK)
 
-    def fit(self, train: Operator) -> Self:  # type: ignore[override]
-        """Take `Operator({block: [n, D]}, product)`."""
-        self.product = train.product
-        return super().fit(train.gradients)
+    def vectors(self, n: int, m: int) -> int:
+        """The probes, and one a step and query."""
+        return self.probes + self.steps * m
 
-    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
-        """`[m, n]`."""
-        return self.sweep(query, [self.damping])[self.damping]
-
-    def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
-        """`{damping: [m, n]}` from one Krylov space a query; sets `residual` and `lowest`."""
+    def _solutions(self, v: Float[Tensor, "m D"], dampings: Sequence[float]) -> Float[Tensor, "s m D"]:
+        """From one Krylov space a query."""
         import torch
 
-        for damping in dampings:
-            self._check_above("damping", damping)
-        sizes, v = [], []
-        for _, g, v_b in self.pairs(query):
-            sizes.append(g.shape[1])
-            v.append(v_b.double())
-        squares(x := torch.cat(v, dim=1))
-        mean = self._mean_eigenvalue(sum(sizes))
+        mean = self._mean_eigenvalue(v.shape[1])
         shifts = [damping * mean for damping in dampings]
-        solved = [self._solve(part, shifts) for part in x.split(CHUNK)]
+        solved = [self._solve(part, shifts) for part in v.split(CHUNK)]
         self.residual = {d: torch.cat([s[1][k] for s in solved])[:, None] for k, d in enumerate(dampings)}
         self.lowest = torch.cat([s[2] for s in solved])
         self._check_sign(shifts, mean)
-        r = torch.cat([s[0] for s in solved], dim=1)
-        parts = zip(self.train, r.split(sizes, dim=2), strict=True)
-        by_block = [torch.stack([product(r_d, self.train[b]) for r_d in r_b]) for b, r_b in parts]
-        return {d: self.finish(s) for d, s in zip(dampings, torch.stack(by_block).sum(dim=0), strict=True)}
-
-    def calls(self, m: int) -> int:
-        """Calls of `product` (each a pass over the rows) for m queries, at most: one for all probes, one a step."""
-        return 1 + self.steps * math.ceil(m / CHUNK)
-
-    def _times(self, x: Float[Tensor, "k D"], matrix: str | None = None) -> Float[Tensor, "k D"]:
-        hx = self.product(matrix := matrix or self.matrix, x)
-        if not hx.isfinite().all():
-            raise self._error(f"a product with the {matrix} matrix is not finite; index with --dtype float64.")
-        return hx
+        return torch.cat([s[0] for s in solved], dim=1)
 
     def _mean_eigenvalue(self, d: int) -> float:
         """trace(H)/D of the Gauss-Newton matrix, from `zᵀHz` of random signs z (Hutchinson 1989)."""
@@ -147,12 +191,8 @@ class CG(OnGradients):
         return y[:, :, 0], left.where(failed == 0, math.inf)
 
     def _check_sign(self, shifts: Sequence[float], mean: float) -> None:
-        low = float(self.lowest.min()) if self.lowest is not None and len(self.lowest) else 0.0
-        if low + min(shifts) <= 0:
-            raise self._error(
-                f"H + λI is not positive definite: H has negative curvature, {low:.3g}, and λ is {min(shifts):.3g}. "
-                f"Use minres, matrix=gauss-newton, or a damping above {_up(-low / mean):g}."
-            )
+        assert self.lowest is not None
+        self._refuse_negative(float(self.lowest.min()) if len(self.lowest) else 0.0, min(shifts), mean)
 
 
 @dataclass(kw_only=True)
@@ -182,7 +222,7 @@ class MinRes(CG):
                 f"minres: H + λI has negative curvature along {negative} of {len(self.lowest)} queries "
                 f"(Ritz values down to {float(self.lowest.min()):.3g}, λ from {min(shifts):.3g}; "
                 f"none found with a damping above {_up(-float(self.lowest.min()) / mean):g}).",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
