@@ -17,7 +17,7 @@ from conftest import write_jsonl
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
-from datablame.evaluation import costly, finetunes, forecast, metrics, suites
+from datablame.evaluation import costly, finetunes, forecast, metrics
 from datablame.evaluation.cell import Cell
 from datablame.evaluation.results import load_results
 from datablame.evaluation.scoring import read_matrices
@@ -206,6 +206,23 @@ def test_features_that_cannot_be_captured_fail_alone(
     assert tried == ["daunce@response", "daunce:correlation=true@response"]
 
 
+def test_a_method_of_one_product_has_a_limit_of_its_own() -> None:
+    """Rows and queries together, and no steps: more of each than `cg` may have."""
+
+    def sized(n: int, m: int) -> Task:
+        t = task()
+        rows = {"train": [t.train[0]] * n, "queries": [t.queries[0]] * m, "groups": [*t.groups, *[t.groups[0]] * m][:m]}
+        return replace(t, truth=np.ones((m, n), dtype=bool), **rows)
+
+    few, most = sized(40, 9), sized(100, 28)
+    for there in (few, most):
+        assert costly.limited("subspace:matrix=hessian@response", there) == ""
+        assert costly.limited("cg:steps=1@response", there)
+    limits = "100 rows, 29 queries: a cell allows at most 128 of both together."
+    assert costly.limited("subspace@response", sized(100, 29)) == limits
+    assert costly.limited("exact@response", sized(100, 29)) == ""
+
+
 def test_a_full_disk_is_no_fault_of_the_method(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,3 +294,21 @@ def test_the_forecast_counts_their_passes(model_dir: Path, monkeypatch: pytest.M
     )
     assert more - usual == pytest.approx(2.3 * train + 1.3 * queries, abs=1)
     assert again == pytest.approx(3 * train + 2.3 * train + 1.3 * queries, abs=1)
+
+
+def test_the_forecast_counts_curvature_products(model_dir: Path) -> None:
+    """For both kinds of responses: a pass a call, and 4/3 for each vector of 6 rows, 4 queries."""
+    want = {
+        "subspace:matrix=hessian@response": 2 * (1 + 4 / 3 * (6 + 4)),
+        "subspace:matrix=fisher@response": 0,
+        "cg:steps=3,probes=2@response": 2 * (1 + 3 + 4 / 3 * (2 + 3 * 4)),
+        "cg:steps=21@response": 0,  # beyond the limit
+        "kfac@response": 0,
+    }
+    for name, expected in want.items():
+        assert forecast.products(name, task()) == pytest.approx(expected), name
+    cell = Cell(str(model_dir), "tiny", "cpu", 0)
+    one, both = (forecast.tokens(cell, task(), runs) for runs in (list(want)[1:2], list(want)[:2]))
+    tokenizer = forecast.load_tokenizer(str(model_dir))
+    train = sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in task().train)
+    assert both - one == pytest.approx(2 * (1 + 4 / 3 * 10) * train, abs=1)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datablame.encoding import Encoding, encode_rows
 from datablame.evaluation.cell import RESPONSES, Cell, options
@@ -18,6 +18,7 @@ from datablame.evaluation.views import PAD_TO
 from datablame.extras import parse_list
 from datablame.indexing import duration
 from datablame.methods import parse
+from datablame.methods.krylov import OnOperator
 from datablame.models import Loaded, load_tokenizer
 from datablame.tuning import make_trainer
 
@@ -78,12 +79,12 @@ def passes(need: Beyond, rows: int) -> tuple[float, float]:
 
 
 def products(run: str, task: Task) -> float:
-    """Forward and backward passes over the training rows, at most, for the curvature products of a run on all responses.
+    """Passes over the training rows, at most, for the curvature products of a run on both kinds of responses.
 
     One a call, whose graph costs as much, and two times backward for each vector; none for a run beyond a limit.
     """
-    method: Any = parse(split(run)[0])
-    if method.needs != "operator" or limited(run, task):
+    method = parse(split(run)[0])
+    if not isinstance(method, OnOperator) or limited(run, task):
         return 0.0
     n, m = len(task.train), len(task.queries)
     return len(RESPONSES) * (method.calls(m) + 4 / 3 * method.vectors(n, m))
