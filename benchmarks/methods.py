@@ -9,7 +9,7 @@ method runs in a process of its own, whose peak memory is told. What is finished
 again to go on. The JSON is written after every piece.
 
 `--rows 60` keeps the 24 planted rows and draws the others. Methods that multiply by the curvature of the live model
-(cg, minres) run on SUBSET_ROWS rows, the planted queries and the weights of SUBSET_BLOCKS, with `exact` and
+(cg, minres, subspace) run on SUBSET_ROWS rows, the planted queries and the weights of SUBSET_BLOCKS, with `exact` and
 `gauss-newton` on the same beside them. `unroll` trains the adapter once more and replays the run for each query of
 UNROLLED; every method is compared with it on these.
 """
@@ -72,10 +72,12 @@ SUBSET = {
     "gauss-newton": "gauss-newton:damping=100",
     "cg": "cg:steps=20,probes=2,damping=100",
     "minres": "minres:steps=20,probes=2,damping=100",
+    "subspace": "subspace:damping=0.08",
 }
 """The Fisher of the data's labels, the Gauss-Newton matrix by sampled labels, itself, and the Hessian; damped so that
-twenty steps solve it (at 0.1 ten steps leave a residual of 1)."""
-ON_SUBSET = [s for s in SUBSET if s in ("cg", "minres")]
+twenty steps solve it (at 0.1 ten steps leave a residual of 1). `subspace` counts λ in means of as many eigenvalues as
+there are rows, 32 in place of the 38,400 of all weights."""
+ON_SUBSET = [s for s in SUBSET if registry.method_class(s).needs == "operator"]
 UNROLLED = ["boiling-1", "memo-1"]
 """A query for each planted kind."""
 

@@ -75,6 +75,7 @@ CURVATURES = {
     "gauss-newton": "Gauss-Newton, sampled labels (`gauss-newton`)",
     "cg": "Gauss-Newton itself (`cg`)",
     "minres": "Hessian (`minres`)",
+    "subspace": "Gauss-Newton, in the span of the gradients (`subspace`)",
 }
 
 

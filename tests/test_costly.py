@@ -210,9 +210,9 @@ def test_a_method_of_one_product_has_a_limit_of_its_own() -> None:
     """Rows and queries together, and no steps: more of each than `cg` may have."""
 
     def sized(n: int, m: int) -> Task:
-        t = task()
-        rows = {"train": [t.train[0]] * n, "queries": [t.queries[0]] * m, "groups": [*t.groups, *[t.groups[0]] * m][:m]}
-        return replace(t, truth=np.ones((m, n), dtype=bool), **rows)
+        t, i, j = task(), np.arange(m) % 4, np.arange(n) % 6
+        queries, groups = [t.queries[k] for k in i], [t.groups[k] for k in i]
+        return replace(t, train=[t.train[k] for k in j], queries=queries, groups=groups, truth=t.truth[i][:, j])
 
     few, most = sized(40, 9), sized(100, 28)
     for there in (few, most):
