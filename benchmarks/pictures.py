@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datablame.paper import experiment, module
+from datablame.paper.commands import SHOWN_FROM_CELLS
 from datablame.report.paper import escaped
 
 ROOT = Path(__file__).parents[1]
-PAPER, DOCS = ROOT / "benchmarks" / "results" / "paper", ROOT / "docs"
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+PAPER, BENCH = RESULTS / "paper", RESULTS / "bench"
 KEY = b"view-sha256"
 
 
@@ -34,6 +36,8 @@ PICTURES = {
     "table1": Picture("table1"),
     "table5": Picture("table5"),
     "table6": Picture("table6"),
+    "figure1": Picture("figure1", "grammars"),
+    "figure2": Picture("figure2", "grammars: all"),
     "figure3": Picture("figure3"),
     "figure4": Picture("figure4"),
     "figure5": Picture("figure5"),
@@ -55,7 +59,8 @@ def view_of(picture: Picture) -> dict[str, Any] | None:
     """Plotly's data and layout; None where the experiment has not been run. Raises KeyError for an unknown view."""
     if not (PAPER / experiment(picture.name).result).exists():
         return None
-    views = module(picture.name).show(PAPER, picture.name).views
+    of_cells = experiment(picture.name).module == SHOWN_FROM_CELLS
+    views = module(picture.name).show(PAPER, picture.name, *([BENCH] if of_cells else [])).views
     return escaped(views[picture.view or next(iter(views))])
 
 

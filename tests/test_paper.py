@@ -419,7 +419,8 @@ def test_tables_and_figures_are_drawn_from_the_cells(
         wrong = next(k for k, verdict in enumerate(cells["values"][2]) if verdict == "wrong")
         assert cells["fill"]["color"][0][at] != cells["fill"]["color"][0][wrong]
     else:
-        assert len(page.views) == 3 * 7
+        assert len(page.views) == 3 * (7 + 1)
+        assert len(page.views["grammars: all"]["data"]) == 7
         assert all(go.Figure(view).data for view in page.views.values())
         (z,) = (v["data"][0]["z"] for k, v in page.views.items() if k == "grammars: graddot@padded")
         # Sorted by class on both sides, an oracle's map is blocks on the diagonal.

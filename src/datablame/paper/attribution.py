@@ -10,6 +10,7 @@ from typing import Any
 
 from datablame.errors import UserError
 from datablame.paper import Cells, Page, Request, Table, experiment
+from datablame.paper.panels import panels
 from datablame.paper.results import read, write
 
 TASKS = {
@@ -137,7 +138,7 @@ def _drawn(title: str, headings: list[str], rows: list[list[str]]) -> dict[str, 
     """A table as a picture."""
     right = ["#e3f2ec" if row[2] == "right" else "#fbe9dd" for row in rows]
     shape = {"align": "left", "font": {"size": 12}}
-    trace: dict[str, Any] = {"type": "table", "columnwidth": [5, 2, 1, 9]}
+    trace: dict[str, Any] = {"type": "table", "columnwidth": [7, 2.4, 1.1, 9]}
     trace["header"] = {**shape, "values": headings}
     trace["cells"] = {
         **shape,
@@ -152,13 +153,18 @@ def _drawn(title: str, headings: list[str], rows: list[list[str]]) -> dict[str, 
 def _heat_maps(name: str, found: dict[str, Any]) -> dict[str, Any]:
     from datablame.evaluation.figures import matrices
 
+    x = {"title": {"text": "training row, by class"}, "showticklabels": False, "type": "category"}
+    y = {"title": {"text": "query, by class"}, "autorange": "reversed", "showticklabels": False, "type": "category"}
     views = {}
     for task, results in found.items():
+        drawn = {}
         for run, (z, rows, columns) in matrices(results).items():
-            trace = {"type": "heatmap", "name": run, "x": columns, "y": rows, "z": z.round(2).tolist()}
-            layout = {"xaxis": {"title": {"text": "training row, by class"}, "showticklabels": False}}
-            layout["yaxis"] = {"title": {"text": "query"}, "autorange": "reversed", "showticklabels": False}
-            views[f"{task}: {run}"] = {"data": [trace], "layout": layout}
+            drawn[run] = {"type": "heatmap", "name": run, "x": columns, "y": rows, "z": z.round(2).tolist()}
+        every = {run: [{**trace, "showscale": False, "colorscale": "Viridis"}] for run, trace in drawn.items()}
+        together = panels(every, x, y)
+        together["data"] = [{**trace, "showlegend": False} for trace in together["data"]]
+        views[f"{task}: all"] = together
+        views |= {f"{task}: {run}": {"data": [t], "layout": {"xaxis": x, "yaxis": y}} for run, t in drawn.items()}
     notes = [
         "Queries × training rows, both sorted by class; each query's scores from its lowest (0) to its highest (1)."
     ]
