@@ -132,7 +132,7 @@ class Estimate(NamedTuple):
         """Against 0."""
         from scipy.stats import t
 
-        far = abs(self.value) / self.error if self.error > 0 else np.inf * abs(np.sign(self.value))
+        far = abs(self.value) / self.error if self.error > 0 else np.inf
         return Tested(self.value, float(2 * t.sf(far, self.freedom)) if self.value else 1.0)
 
 
