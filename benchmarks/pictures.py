@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from datablame.paper import experiment, module
 from datablame.paper.commands import SHOWN_FROM_CELLS
+from datablame.paper.panels import COLOURS
 from datablame.report.paper import escaped
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,7 @@ PICTURES = {
 """By the name of the file."""
 STYLE = {
     "template": "plotly_white",
+    "colorway": list(COLOURS.values()),
     "font": {"size": 13},
     "margin": {"l": 60, "r": 12, "t": 40, "b": 60},
     "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},

@@ -239,6 +239,8 @@ def render(text: str) -> str:
             return f"{match[1]}{bench_tables.markdown(rows) if found else '*Not run yet.*'}\n{match[3]}"
         if name in ("removal", "lds"):
             return f"{match[1]}{retraining(name)}\n{match[3]}"
+        if name == "table6_ranked":
+            return f"{match[1]}{shown('table6', 2)}\n{match[3]}"
         if name in SHOWN:
             return f"{match[1]}{shown(name)}\n{match[3]}"
         path = RESULTS / f"{FILES.get(name, name)}.json"
@@ -264,12 +266,15 @@ def main() -> None:
     print("written: " + ", ".join(stale) if stale else "all tables are up to date")
 
 
-def shown(name: str) -> str:
-    """The tables and the findings of a page of `datablame paper show`."""
+def shown(name: str, only: int | None = None) -> str:
+    """The tables and the findings of a page of `datablame paper show`; of one model, the table of this number alone."""
     folder = RESULTS / "paper"
     if not (folder / experiment(name).result).exists():
         return "*Not run yet.*"
     page = module(name).show(folder, name)
+    if only is not None:
+        t = page.tables[only]
+        return f"{t.title}\n\n{bench_tables.markdown([t.headings, *t.rows])}"
     parts = [f"{t.title}:\n\n{bench_tables.markdown([t.headings, *t.rows])}" for t in page.tables]
     return "\n\n".join([*parts, *(f"- {note}" for note in page.notes), f"`{page.command}`"])
 
