@@ -246,11 +246,13 @@ def test_what_failed_is_told_and_tried_again(
 
 
 def test_what_a_solver_left_must_be_finite(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_residual", lambda method: scoring._finite(np.nan))
-    (path,) = run(model_dir, tmp_path / "out", methods="bm25")
-    assert (
-        json.loads(path.read_text())["results"]["reference"]["bm25"]["error"] == "what its solver left is not finite."
-    )
+    from datablame.methods.controls import Length
+
+    monkeypatch.setattr(Length, "residual", {0.1: torch.tensor([[np.nan]])}, raising=False)
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25,length")
+    found = json.loads(path.read_text())["results"]["reference"]
+    assert found["length"]["error"] == "what its solver left is not finite."
+    assert "error" not in found["bm25"]
 
 
 def test_features_outlive_a_result_that_cannot_be_written(

@@ -88,9 +88,9 @@ def bench(
     del loaded
     if dry:
         return list(paths.values())
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "keep": keep, "reporter": reporter}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": reporter}
     for cell, task, _ in plan.cells:
-        _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given, methods, dtype), how)
+        _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given, methods, dtype), keep, how)
     if strict and scale != "smoke":
         _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound" and cell.layers is None])
     return list(paths.values())
@@ -107,9 +107,16 @@ def _wanted(cells: Sequence[Cell], suite: Suite, methods: str | None, with_costl
 
 
 def _run(
-    cell: Cell, task: Task, wanted: Sequence[str], path: Path, model_sha256: str, command: str, how: dict[str, Any]
+    cell: Cell,
+    task: Task,
+    wanted: Sequence[str],
+    path: Path,
+    model_sha256: str,
+    command: str,
+    keep: bool,
+    how: dict[str, Any],
 ) -> None:
-    """Run what a cell lacks, unless another process is at it. how: device, dtype, keep, reporter."""
+    """Run what a cell lacks, unless another process is at it. keep: the features. how: device, dtype, reporter."""
     work, reporter, start = cache_dir() / "bench", how["reporter"], time.monotonic()
     with alone(work / folder_of(cell, task, model_sha256) / "lock") as first:
         missing = lacking(path, fingerprint(cell, task, model_sha256), wanted)
@@ -119,24 +126,29 @@ def _run(
         reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
         usual = [run for run in missing if not beyond(run)]
         if usual or not _there(path, fingerprint(cell, task, model_sha256)):
-            result = run_cell(cell, task, usual, work, model_sha256, **{k: v for k, v in how.items() if k != "keep"})
+            result = run_cell(cell, task, usual, work, model_sha256, **how)
             save(path, _complete(result | {"model_sha256": model_sha256, "command": command} | environment()))
-            if not how["keep"]:
+            if not keep:
                 shutil.rmtree(work / folder_of(cell, task, model_sha256) / FEATURES, ignore_errors=True)
         if by_need := groups(missing):
-            _add_costly(cell, task, by_need, path, model_sha256, how)
+            _add_costly(cell, task, by_need, path, model_sha256, keep, how)
     result = read_result(path) or {}
     reporter.note(f"{cell.name}: done in {duration(time.monotonic() - start)}; {_learnt_line(result)}")
-    for run, why in failures(path).items():
+    for run, why in failures(result).items():
         reporter.note(f"{cell.name}: {run} failed: {why}")
 
 
 def _add_costly(
-    cell: Cell, task: Task, by_need: Mapping[Beyond, list[str]], path: Path, model_sha256: str, how: dict[str, Any]
+    cell: Cell,
+    task: Task,
+    by_need: Mapping[Beyond, list[str]],
+    path: Path,
+    model_sha256: str,
+    keep: bool,
+    how: dict[str, Any],
 ) -> None:
     """Runs on features of their own join the cell's result, those of one kind as soon as they are done."""
-    work, keep = cache_dir() / "bench", how["keep"]
-    o = opened(cell, task, work, model_sha256, **{k: v for k, v in how.items() if k != "keep"})
+    o = opened(cell, task, cache_dir() / "bench", model_sha256, **how)
     for need, chosen in by_need.items():
         how["reporter"].note(f"{cell.name}: {need.spelling} for {', '.join(chosen)}")
         results = o.timed("costly", partial(costly_results, o, task, need, chosen, keep=keep, reporter=how["reporter"]))
@@ -282,9 +294,9 @@ def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
     return [run for run in wanted if any(lacks(run, there) for there in sets)]
 
 
-def failures(path: Path) -> dict[str, str]:
+def failures(result: Mapping[str, Any] | None) -> dict[str, str]:
     """`{run: why}` of those that a result holds no numbers of, on one set of responses at least."""
-    sets = ((read_result(path) or {}).get("results") or {}).values()
+    sets = result["results"].values() if result else ()
     return {run: v["error"] for found in sets for run, v in found.items() if "error" in v}
 
 

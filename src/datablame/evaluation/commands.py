@@ -104,7 +104,7 @@ def run_bench(
 ) -> None:
     """Fine-tune, attribute, measure. Cells with a result are not run again; an interrupted run goes on."""
     from datablame.console import ConsoleReporter
-    from datablame.evaluation.bench import bench, failures
+    from datablame.evaluation.bench import bench, failures, read_result
     from datablame.indexing import quiet_libraries
 
     quiet_libraries()
@@ -131,7 +131,7 @@ def run_bench(
         typer.echo(f"results in {out}: {len(paths) - len(left)}; see them with: {see}")
         if left:
             typer.echo(f"another process is still at {', '.join(left)}")
-        if failed := [f"{p.stem}: {run}: {why}" for p in paths if p.exists() for run, why in failures(p).items()]:
+        if failed := [f"{p.stem}: {run}: {why}" for p in paths for run, why in failures(read_result(p)).items()]:
             raise UserError("\n".join(["some methods failed, and are tried again by the same command:", *failed]))
 
 

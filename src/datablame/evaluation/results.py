@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from datablame.errors import UserError
-from datablame.evaluation.bench import read_result
+from datablame.evaluation.bench import failures, read_result
 from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
 from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, holm, interval, intervals
 from datablame.evaluation.tasks import build
@@ -75,8 +75,7 @@ class TaskResults:
     @property
     def failed(self) -> dict[str, str]:
         """`{run: why}` of those that at least one seed has not finished."""
-        sets = [found for r in self.results for found in r["results"].values()]
-        return {run: v["error"] for found in sets for run, v in found.items() if "error" in v}
+        return {run: why for r in self.results for run, why in failures(r).items()}
 
     @property
     def learnt(self) -> bool:

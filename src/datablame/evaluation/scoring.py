@@ -102,13 +102,10 @@ def _residual(method: Method) -> float | None:
     left = getattr(method, "residual", None)
     if not isinstance(left, dict) or not left:
         return None
-    return _finite(float(np.median(next(iter(left.values())).numpy())))
-
-
-def _finite(residual: float) -> float:
-    if not np.isfinite(residual):
+    median = float(np.median(next(iter(left.values())).numpy()))
+    if not np.isfinite(median):
         raise UserError("what its solver left is not finite.")
-    return residual
+    return median
 
 
 def _checked(values: Matrix, m: int, n: int) -> Matrix:

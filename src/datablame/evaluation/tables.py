@@ -228,8 +228,10 @@ def paper_rows(name: str, found: Mapping[str, TaskResults]) -> Rows:
     tests = corrected(tests)
     printed = PAPER_NUMBERS.get(name, {})
     empty = ["" for _ in there if printed]
-    wide = lambda cells: [x for c, some in zip(cells, groups.values(), strict=True) for x in (c, *[""] * len(some[1:]))]  # noqa: E731
-    rows = [[head, *wide(cells), *empty] for head, *cells in sides(there)]
+    rows = []
+    for head, *cells in sides(there):
+        of = dict(zip(there, cells, strict=True))  # of the task, in its first column
+        rows.append([head, *(of[r.task] if group == "main" else "" for r, group in columns.values()), *empty])
     for run in dict.fromkeys(run for results in there.values() for run in results.runs):
         cells = [_percent(*of, run) + marks(tests, column, run) for column, of in columns.items()]
         rows.append([f"`{run}`", *cells, *(printed.get(run, {}).get(t, "") for t in there if printed)])

@@ -70,7 +70,7 @@ def run(
     check_out(out)
     if name != ALL:
         _check_used(experiment(name).module, name, judge != "keywords" or judge_label or judge_labels, len(model))
-        _check_cells(experiment(name).module in FROM_CELLS, name, cells)
+        _check_cells(hasattr(module(name), "cells"), name, cells)
     first = seed if several is None else several[0]
     asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
     request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels, cells_in=cells)
@@ -93,9 +93,8 @@ def _check_used(module: str, name: str, judge: object, models: int) -> None:
         raise UserError(f"--model, given twice: {name} shows one model.")
 
 
-FROM_CELLS = ("attribution", "figure4", "figure8")
 SHOWN_FROM_CELLS = "attribution"
-"""Modules that run cells of the benchmark, and the one that reads them to show."""
+"""The module that reads cells of the benchmark to show them, and not a result of its own."""
 
 
 def _check_cells(used: bool, name: str, cells: Path | None) -> None:
