@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,32 @@ def test_they_join_a_result_that_is_there_and_leave_no_stores(
     other = replace(results, results=[before | {"seed": 1}, *results.results])  # a seed without them
     assert [row[0] for row in costly_rows(other) or []] == [row[0] for row in rows]
     assert costly_rows(replace(results, results=[before])) is None
+
+
+def test_runs_that_differ_in_damping_share_one_product(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def counted(*args: Any) -> Any:
+        times = operators_product(*args)
+        return lambda matrix, x: (made.append(matrix), times(matrix, x))[1]
+
+    operators_product = costly.product_of
+    wanted = [f"subspace:matrix=hessian,damping={d}@response" for d in (5.0, 9.0)]
+    (path,) = run(model_dir, tmp_path / "alone", methods=wanted[1])
+    alone = json.loads(path.read_text())["results"]
+    shutil.rmtree(tmp_path / "cache" / "bench")
+    monkeypatch.setattr(costly, "product_of", counted)
+    (path,) = run(model_dir, tmp_path / "out", methods=",".join(wanted))
+    assert made == ["hessian"] * 2  # one for the references, one for the model's own answers
+    both = json.loads(path.read_text())["results"]
+    for kind, found in alone.items():
+        assert "error" not in found[wanted[1]]
+        assert {k: v for k, v in both[kind][wanted[1]].items() if "seconds" not in k} == {
+            k: v for k, v in found[wanted[1]].items() if "seconds" not in k
+        }
+        assert both[kind][wanted[0]]["residual"] != both[kind][wanted[1]]["residual"]
 
 
 # ---------------------------------------------------------------- interruptions and failures

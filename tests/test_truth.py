@@ -197,7 +197,7 @@ def test_a_result_that_fits_is_not_made_again_and_a_changed_one_is(
     out, trained, notes = tmp_path / "out", [], []
     monkeypatch.setattr(retraining, "_train", quick(trained))
     monkeypatch.setattr(truth, "HALF_SETS", 3)
-    run(model_dir, out, seeds=[0, 1])
+    run(model_dir, out, seeds=[0, 1], methods=f"{METHODS},subspace:matrix=fisher")
     cells = [(Cell(str(model_dir), "tiny", "smoke", s), tiny(s)) for s in (0, 1)]
 
     class Told(truth.Reporter):
@@ -212,6 +212,9 @@ def test_a_result_that_fits_is_not_made_again_and_a_changed_one_is(
     assert len(trained) == 2 * 2 * 3
     assert not list(paths[0].parent.glob("*.part"))
     before = [p.stat().st_mtime_ns for p in paths]
+    for path, cell in zip(paths, cells, strict=True):  # every run of the cell
+        of_cell = json.loads(bench_module.result_path(out, cell[0]).read_text())["results"]["reference"]
+        assert sorted(json.loads(path.read_text())["runs"]) == sorted(of_cell)
     make()
     assert [p.stat().st_mtime_ns for p in paths] == before
     assert notes[-2:] == [f"{p.name}: is there already" for p in paths]
@@ -449,6 +452,21 @@ def test_results_are_joined_over_seeds_and_not_with_others(tmp_path: Path, monke
         save("grammars-sound-s1-removal", removed(1, 0.4) | {"recipe_options": {"rank": 4, "seed": 1}, key: value})
         with pytest.raises(UserError, match=f"differ in {key.partition('_opt')[0]} from seed to seed"):
             load_truth(tmp_path, "m", "cpu", "removal")
+
+
+def test_a_seed_with_more_runs_joins_by_those_that_all_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "today", lambda result: None)
+    near = lambda v: {"value": v, "without": [v - 0.01, v + 0.01] * 8}  # noqa: E731
+    ends = {"half_sets": 16, "knowing_the_class": near(0.6), "noise_ceiling": near(0.9)}
+    folder = tmp_path / "m" / "cpu"
+    folder.mkdir(parents=True)
+    for seed, more in ((0, ["kfac@response"]), (1, [])):
+        names = [*more, "gradcos@response", REPSIM]
+        result = removed(seed, 0.4) | ends | {"kind": "lds", "runs": names, "lds": dict.fromkeys(names, near(0.5))}
+        (folder / f"grammars-sound-s{seed}-lds.json").write_text(json.dumps(result))
+    found = load_truth(tmp_path, "m", "cpu", "lds")[0]["grammars"]
+    assert [row[0] for row in lds_rows(found)[1:3]] == ["`gradcos`", f"`{REPSIM}`"]
+    assert [row[0] for row in lds_rows(found[:1])[1:4]] == ["`kfac`", "`gradcos`", f"`{REPSIM}`"]
 
 
 def test_a_result_of_other_rows_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,12 @@
 Each kind of features is captured beside the usual ones, scored, and deleted before the next, so that one that fails
 takes no other with it, and the disk holds one at a time. An interrupted capture goes on where it was.
 
-    in the cell's folder        CAPTURED-SCHEMA (train, reference, generated), such as kfac-3
+    in the cell's folder        CAPTURED-SCHEMA (train, reference, generated, products), such as kfac-3
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import time
@@ -16,6 +17,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from datablame.checkpoints import find
 from datablame.encoding import encode_rows
@@ -31,10 +34,12 @@ from datablame.store import SCHEMA, DiskError, FeatureStore, check_disk
 from datablame.tracing import product_of
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from datablame.encoding import Encoded
     from datablame.examples import Example
+    from datablame.operators import Matrix, Product
 
     Results = dict[str, dict[str, Scored]]
 
@@ -72,7 +77,9 @@ def costly_results(
         stores = _captured(o, options, folder, reporter) if left else {}
         seconds = round(time.perf_counter() - start, 1)
         for s in RESPONSES if left else ():
-            product = lambda method: product_of(stores["train"], o.loaded, o.encoder, method, len(task.queries))  # noqa: E731
+            product = lambda method: kept_products(  # noqa: E731
+                product_of(stores["train"], o.loaded, o.encoder, method, len(task.queries)), folder / "products"
+            )
             scored[s] |= score_runs(left, stores["train"], stores[s], reporter, product)
     except DiskError:  # no fault of the method
         raise
@@ -84,6 +91,24 @@ def costly_results(
     results = kept_results(task, scored, o.folder)
     captured = {"captured": need.spelling, "capture_seconds": seconds} | ({"checkpoints": steps} if steps else {})
     return {s: {run: found[run] | captured for run in runs} for s, found in results.items()}
+
+
+def kept_products(product: Product, folder: Path) -> Product:
+    """The same, kept in files: runs that differ in damping alone share them, and an interrupted cell has them still."""
+    import torch
+
+    def times(matrix: Matrix, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
+        of = hashlib.sha256(np.ascontiguousarray(x.numpy()).tobytes()).hexdigest()[:16]
+        place = folder / f"{matrix}-{of}.npy"
+        if not place.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            part = place.with_suffix(".part")
+            with part.open("wb") as file:
+                np.save(file, product(matrix, x).numpy())
+            part.replace(place)
+        return torch.from_numpy(np.load(place))
+
+    return times
 
 
 def limited(run: str, task: Task) -> str:

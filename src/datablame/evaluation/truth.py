@@ -31,7 +31,6 @@ from datablame.evaluation.retraining import (
     top_rows,
 )
 from datablame.evaluation.scoring import read_matrices, rounded
-from datablame.evaluation.suites import beyond
 from datablame.evaluation.tables import REFERENCES
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
@@ -196,7 +195,7 @@ def _chosen(
     if kind == "removal":
         return list(REMOVED)
     if scores is not None:
-        return [run for run in scores if not beyond(run)]  # those are of one seed, and seeds must have the same runs
+        return list(scores)
     return list(old["runs"]) if old else []
 
 

@@ -29,8 +29,8 @@ def load_truth(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """`{task: results by seed}` of what is there, and a sentence for each that is left out, being of other rows.
 
-    Raises UserError for seeds of one task that cannot be joined, being of other runs, numbers of rows or queries,
-    recipes or models.
+    Raises UserError for seeds of one task that cannot be joined, being of other numbers of rows or queries, recipes or
+    models, or, for removal, of other runs.
     """
     folder = Path(out) / Path(model).name / scale
     name = re.compile(rf"-sound-s\d+-{kind}$")
@@ -58,8 +58,9 @@ def load_truth(
 
 
 def _kind(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the seeds of one task have in common."""
-    same = {k: result.get(k) for k in ("runs", "queries", "rows", "model_sha256")}
+    """What the seeds of one task have in common. For lds a seed may have more runs: those that all have are shown."""
+    runs = ("runs",) if result["kind"] == "removal" else ()
+    same = {k: result.get(k) for k in (*runs, "queries", "rows", "model_sha256")}
     return same | {"recipe": {k: v for k, v in result.get("recipe_options", {}).items() if k != "seed"}}
 
 
@@ -186,8 +187,8 @@ def lds_some(found: Mapping[str, Results], told: Sequence[tuple[str, str]]) -> R
 
 
 def _lds_cells(results: Results) -> dict[str, str]:
-    """Of each run: its score with its interval, and the marks of its tests, corrected over all."""
-    runs = results[0]["runs"]
+    """Of each run that all seeds have: its score with its interval, and the marks of its tests, corrected over all."""
+    runs = [run for run in results[0]["runs"] if all(run in r["lds"] for r in results)]
     of = {run: [r["lds"][run] for r in results] for run in runs}
     beside = {x: ref for x, ref in REFERENCES.items() if ref in of}
     tests = corrected(
