@@ -18,7 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
-from datablame.evaluation.suites import DAMPING, EXACTNESS, RETRAINED
+from datablame.evaluation.suites import DAMPING, EXACTNESS, MATRICES, RETRAINED
 from datablame.paper import experiment, module
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
@@ -192,6 +192,19 @@ def _seeds(results: TaskResults) -> str:
     return ", ".join(str(r["seed"]) for r in results.results)
 
 
+def matrices() -> str:
+    """The three matrices on the task and seed that have them."""
+    task, seed = "mixed-small", 0
+    results = _found(RESULTS, "sound").get(task)
+    truth, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
+    of_seed = [r for r in truth.get(task, []) if r["seed"] == seed]
+    there = results.of_seeds([seed]) if results else None
+    if there is None or not there.costly or not of_seed:
+        return "*Not run yet.*"
+    rows = truth_tables.matrix_rows(there, of_seed, MATRICES)
+    return f"{bench_tables.markdown(rows)}\n\n`{task}`, seed {seed}."
+
+
 BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "learnt": learnt,
     "damping": damping,
@@ -237,6 +250,8 @@ def render(text: str) -> str:
             found, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
             rows = truth_tables.lds_some(found, RETRAINED)
             return f"{match[1]}{bench_tables.markdown(rows) if found else '*Not run yet.*'}\n{match[3]}"
+        if name == "matrices":
+            return f"{match[1]}{matrices()}\n{match[3]}"
         if name in ("removal", "lds"):
             return f"{match[1]}{retraining(name)}\n{match[3]}"
         if name == "table6_ranked":

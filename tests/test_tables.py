@@ -22,6 +22,7 @@ from datablame.evaluation.tables import (
     task_rows,
 )
 from datablame.evaluation.tasks import names
+from datablame.evaluation.truth_tables import matrix_rows
 
 
 def made(seed: int, right: float) -> dict[str, Any]:
@@ -56,6 +57,31 @@ def test_a_run_that_failed_on_one_set_of_responses_is_in_no_table() -> None:
 
 def two_seeds() -> TaskResults:
     return TaskResults("mixed-small", "sound", [made(0, 0.5), made(1, 1.0)])
+
+
+def test_matrices_stand_on_both_truths_beside_what_the_solver_left() -> None:
+    result = made(0, 0.5)
+    there = result["results"]["reference"]
+    there["subspace:matrix=hessian@response"] = there["length"] | {"captured": "gradients", "residual": 0.2345}
+    there["subspace@response"] = {"error": "not positive definite", "seconds": 0.0}
+    score = {"value": 0.4, "without": [0.39, 0.41] * 8}
+    told = (
+        ("plain", "graddot@padded"),
+        ("Hessian", "subspace:matrix=hessian@response"),
+        ("Gauss-Newton", "subspace@response"),
+        ("not run", "exact@response"),
+    )
+    results = TaskResults("mixed-small", "sound", [result])
+    rows = matrix_rows(results, [{"lds": dict.fromkeys((run for _, run in told[:2]), score)}], told)
+    head, plain, hessian, failed, missing, chance = rows
+    assert {len(row) for row in rows} == {len(head)}
+    assert plain[0] == "plain `graddot@padded`"
+    assert [cell[:4] for cell in plain[1:]] == ["0.50", "0.50", "0.40", ""]
+    assert [cell[:4] for cell in hessian[1:]] == ["0.50", "0.50", "0.40", "0.2"]
+    assert all(" to " in cell for cell in (*plain[1:4], *hessian[1:4]))
+    assert failed[1:] == ["not positive definite", "", "", ""]
+    assert missing[1:] == ["–"] * 4
+    assert chance[1:] == ["0.50", "0.50", "0.00", ""]
 
 
 def test_a_task_s_table_counts_the_main_group_and_marks_what_is_significant() -> None:

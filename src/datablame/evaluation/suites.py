@@ -197,6 +197,25 @@ RETRAINED = (
     ("the norm of the row's gradient alone", "gradnorm@response"),
 )
 """What is held against retraining in few rows."""
+MATRICES = (
+    ("no matrix", "graddot@response"),
+    ("no matrix, cosine, centred", "gradcos:over=row,center=1@response"),
+    *(
+        (f"{name}, {words}", f"{method}@response")
+        for words, a, b in (
+            ("a tenth", "damping=0.1,unit=rank", "damping=0.1"),
+            ("λ as large as the curvature", "damping=1.0,unit=rank", "damping=1.0"),
+        )
+        for name, method in (
+            ("Fisher by block", f"exact-block:{a}"),
+            ("Fisher over all blocks", f"exact:{a}"),
+            ("Fisher, in the span of the gradients", f"subspace:matrix=fisher,{b}"),
+            ("Gauss-Newton, in the span", f"subspace:matrix=gauss-newton,{b}"),
+            ("Hessian, in the span", f"subspace:matrix=hessian,{b}"),
+        )
+    ),
+)
+"""The three matrices in which influence is solved, at the same damping, beside none."""
 DAMPING = {
     words: (
         ("cosine, centred", f"gradcos:over=row,center=1@{view}"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from datablame.errors import UserError
 from datablame.evaluation.intervals import Interval, interval
-from datablame.evaluation.results import Tested, corrected
+from datablame.evaluation.results import TaskResults, Tested, corrected
 from datablame.evaluation.retraining import standard_error
 from datablame.evaluation.tables import REFERENCES, Rows, markdown
 from datablame.evaluation.truth import AGAIN, CHANCE, NOTHING, RIGHT, Kind, is_old, read_truth
@@ -184,6 +184,28 @@ def lds_some(found: Mapping[str, Results], told: Sequence[tuple[str, str]]) -> R
         ends = (estimate([r[key] for r in results]).interval() for results in found.values())
         rows.append([name, *(_told(i, ".2f") for i in ends)])
     return [["linear datamodeling score", *found], *rows]
+
+
+def matrix_rows(results: TaskResults, of_truth: Results, told: Sequence[tuple[str, str]]) -> Rows:
+    """Runs, `(name, run)`, that need not be in every table: truth by label, by retraining, and what the solver left.
+
+    results, of_truth: of the same seeds. A run that failed has the reason in place of its numbers.
+    """
+    failed, there = results.failed, [*results.runs, *results.costly]
+    lds_of = [r["lds"] for r in of_truth]
+    rows = [["", "AUROC", "top-1", "linear datamodeling score", "residual"]]
+    for name, run in told:
+        cells = ["–"] * 4
+        if run in failed:
+            cells = [failed[run], *[""] * 3]
+        elif run in there:
+            cells[:2] = (_told(results.interval(run, m), ".2f") for m in ("auroc", "accuracy"))
+            left = [r["results"]["reference"][run].get("residual") for r in results.results]
+            cells[3] = " ".join("" if x is None else f"{x:.1g}" for x in left)
+        if run not in failed and all(run in lds for lds in lds_of):
+            cells[2] = _told(estimate([lds[run] for lds in lds_of]).interval(), ".2f")
+        rows.append([f"{name} `{run}`", *cells])
+    return [*rows, ["chance", *(f"{results.chance(m):.2f}" for m in ("auroc", "accuracy")), "0.00", ""]]
 
 
 def _lds_cells(results: Results) -> dict[str, str]:
