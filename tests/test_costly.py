@@ -339,3 +339,7 @@ def test_the_forecast_counts_curvature_products(model_dir: Path) -> None:
     tokenizer = forecast.load_tokenizer(str(model_dir))
     train = sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in task().train)
     assert both - one == pytest.approx(2 * (1 + 4 / 3 * 10) * train, abs=1)
+    damped = [*list(want)[:2], "subspace:matrix=hessian,damping=9.0@response"]
+    assert forecast.tokens(cell, task(), damped) == both  # the product is shared
+    other = [*list(want)[:2], "subspace:matrix=gauss-newton,damping=9.0@response"]
+    assert forecast.tokens(cell, task(), other) - one == pytest.approx(2 * (both - one), abs=1)

@@ -60,7 +60,8 @@ def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = Tr
     per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
     usual = 2.3 * (train + queries) + padded if views else 0.0
     more = [passes(need, len(task.train)) for need in groups(runs)]
-    more += [(products(run, task), 0.0) for run in runs]
+    shared = {_undamped(run): run for run in runs}
+    more += [(products(run, task), 0.0) for run in shared.values()]
     return int(epochs * per_epoch + usual + sum(a * train + b * queries for a, b in more))
 
 
@@ -76,6 +77,12 @@ def passes(need: Beyond, rows: int) -> tuple[float, float]:
     chains = sum(e.steps * e.batch / rows for e in extras if isinstance(e, Langevin))
     on_queries = sum(e.passes for e in extras if e.on_queries)
     return both + sum(e.passes for e in extras) + chains, both + on_queries
+
+
+def _undamped(run: str) -> str:
+    """The same for runs that differ in damping alone, which share their curvature products."""
+    method = parse(split(run)[0])
+    return repr(replace(method, damping=1.0)) if isinstance(method, OnOperator) else run
 
 
 def products(run: str, task: Task) -> float:
