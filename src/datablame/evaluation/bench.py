@@ -302,13 +302,18 @@ def failures(result: Mapping[str, Any] | None) -> dict[str, str]:
 
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result, or None where there is none that this version wrote. Raises UserError for a damaged file."""
+    return versioned(path, VERSION, "the cell is run again")
+
+
+def versioned(path: Path, version: int, again: str) -> dict[str, Any] | None:
+    """A file with this `version`, else None. Raises UserError for a damaged one. again: what then follows."""
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["version"] == VERSION else None
+        return result if result["version"] == version else None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: damaged; delete it, and the cell is run again.") from e
+        raise UserError(f"{path}: damaged; delete it, and {again}.") from e
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from datablame.environment import environment
 from datablame.errors import UserError
-from datablame.evaluation.bench import check_model, read_result, result_path
+from datablame.evaluation.bench import check_model, read_result, result_path, versioned
 from datablame.evaluation.cell import MATRICES, Cell, fingerprint, folder_of, options
 from datablame.evaluation.results import today
 from datablame.evaluation.retraining import (
@@ -125,13 +125,7 @@ def truth_path(out: Path, cell: Cell, kind: Kind) -> Path:
 
 def read_truth(path: Path) -> dict[str, Any] | None:
     """A result, or None where there is none that this version wrote. Raises UserError for a damaged file."""
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["version"] == VERSION else None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: damaged; delete it, and it is made again.") from e
+    return versioned(path, VERSION, "it is made again")
 
 
 def is_old(result: Mapping[str, Any]) -> bool:

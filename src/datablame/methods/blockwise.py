@@ -5,7 +5,8 @@ Blocks are read one at a time and none is kept, so that a store larger than memo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -66,9 +67,38 @@ class OnGradients:
             )
         return scores
 
+    def _check_above_0(self, option: str, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self._error(f"{option}={value!r}; use a number above 0.")
+
     def _error(self, what: str) -> UserError:
         name = "exact-block" if type(self).__name__ == "ExactBlock" else type(self).__name__.lower()
         return UserError(f"{name}: {what}")
+
+
+@dataclass(kw_only=True)
+class OwnCurvature(OnGradients):
+    """What methods share that bring a curvature matrix of their own; a method gives `sweep`.
+
+    damping: λ over a mean eigenvalue that the method names. Above 0.
+    relatif: `l` divides a training row's scores by `√(g_i H⁻¹ g_i)`.
+    """
+
+    damping: float = 0.1
+    relatif: Literal["l"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.relatif not in (None, "l"):
+            raise self._error(f"relatif={self.relatif!r}; use l.")
+        self._check_above_0("damping", self.damping)
+
+    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
+        """`[m, n]`."""
+        return self.sweep(query, [self.damping])[self.damping]
+
+    def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
+        """`{damping: [m, n]}`, from what no damping changes."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from datablame.errors import UserError
 from datablame.methods.base import Sampled, check_finite
-from datablame.methods.blockwise import OnGradients, divided
+from datablame.methods.blockwise import OwnCurvature, divided
 from datablame.methods.gram import gram, product, squares
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GaussNewton(OnGradients):
+class GaussNewton(OwnCurvature):
     """`V (G̃ᵀG̃/N + diag(λ_b))⁻¹ Gᵀ`: influence with the Gauss-Newton matrix, by sampled labels.
 
     G̃ holds N = n S gradients, S of each training row with labels drawn from the model's own prediction: the mean of
@@ -32,18 +31,7 @@ class GaussNewton(OnGradients):
     relatif: `l` divides a training row's scores by `√(g_i H⁻¹ g_i)`.
     """
 
-    damping: float = 0.1
-    relatif: Literal["l"] | None = None
     needs = "sampled"
-
-    def __post_init__(self) -> None:
-        if self.relatif not in (None, "l"):
-            raise self._error(f"relatif={self.relatif!r}; use l.")
-        self._check_damping(self.damping)
-
-    def _check_damping(self, damping: float) -> None:
-        if not isinstance(damping, int | float) or not 0 < damping < math.inf:
-            raise self._error(f"damping={damping!r}; use a number above 0.")
 
     def fit(self, train: Sampled) -> Self:  # type: ignore[override]
         """Take `Sampled({block: [n, D]}, [{block: [n, D]}, …])`. Raises UserError when nothing was drawn."""
@@ -51,10 +39,6 @@ class GaussNewton(OnGradients):
             raise self._error("there are no sampled gradients (index with --extras sampled).")
         self.draws = train.draws
         return super().fit(train.gradients)
-
-    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
-        """`[m, n]`."""
-        return self.sweep(query, [self.damping])[self.damping]
 
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` from one eigendecomposition of `[N, N]`.
@@ -65,7 +49,7 @@ class GaussNewton(OnGradients):
         import torch
 
         for damping in dampings:
-            self._check_damping(damping)
+            self._check_above_0("damping", damping)
         q, a, b, k, gg = self._products(query)
         values, u = torch.linalg.eigh(k)
         values, a, b = values.clamp_min(0), a @ u, b @ u

@@ -7,7 +7,6 @@ A block of zero gradients contributes 0, with a warning.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +41,7 @@ class Damped(GradientMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._one_of("relatif", RELATIF)
-        self._check_damping(self.damping)
-
-    def _check_damping(self, damping: float) -> None:
-        if not isinstance(damping, int | float) or not 0 < damping < math.inf:
-            raise self._error(f"damping={damping!r}; use a number above 0.")
+        self._check_above_0("damping", self.damping)
 
     def score(self, query: Blocks) -> Float[Tensor, "m n"]:
         """`[m, n]`."""
@@ -55,7 +50,7 @@ class Damped(GradientMethod):
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` for several dampings, from one factorisation a block."""
         for damping in dampings:
-            self._check_damping(damping)
+            self._check_above_0("damping", damping)
         totals = {damping: Total(self.aggregate) for damping in dampings}
         empty = []
         for block, g, v in self.pairs(query):
@@ -154,7 +149,7 @@ class Exact(ExactBlock):
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` for several dampings, from one factorisation."""
         for damping in dampings:
-            self._check_damping(damping)
+            self._check_above_0("damping", damping)
         s, unit = self._joint(query)
         out = {}
         for damping in dampings:

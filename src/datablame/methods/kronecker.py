@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from datablame.methods.base import Factored, check_finite
-from datablame.methods.blockwise import OnGradients, Total
+from datablame.methods.blockwise import OwnCurvature, Total
 from datablame.methods.gram import CHUNK, squares
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class KFAC(OnGradients):
+class KFAC(OwnCurvature):
     """`Σ_b V (S/n ⊗ A/T + λI)⁻¹ Gᵀ`: influence with K-FAC, a Kronecker product for each block's Fisher matrix.
 
     A = Σ x xᵀ over T tokens and S = Σ δ δᵀ, x a block's input and δ the gradient of its output (Martens & Grosse 2015,
@@ -31,32 +30,17 @@ class KFAC(OnGradients):
     relatif: `l` divides a training row's scores by `√(g_i H⁻¹ g_i)`, squares summed over blocks before the root.
     """
 
-    damping: float = 0.1
-    relatif: Literal["l"] | None = None
     needs = "kfac"
-
-    def __post_init__(self) -> None:
-        if self.relatif not in (None, "l"):
-            raise self._error(f"relatif={self.relatif!r}; use l.")
-        self._check_damping(self.damping)
-
-    def _check_damping(self, damping: float) -> None:
-        if not isinstance(damping, int | float) or not 0 < damping < math.inf:
-            raise self._error(f"damping={damping!r}; use a number above 0.")
 
     def fit(self, train: Factored) -> Self:  # type: ignore[override]
         """Take `Factored({block: [n, D]}, {block: [n, D]}, {block: Kronecker})`."""
         self.labels, self.factors = train.labels, train.factors
         return super().fit(train.gradients)
 
-    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
-        """`[m, n]`."""
-        return self.sweep(query, [self.damping])[self.damping]
-
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` for several dampings, from one pair of eigendecompositions a block."""
         for damping in dampings:
-            self._check_damping(damping)
+            self._check_above_0("damping", damping)
         totals = {damping: Total("sum") for damping in dampings}
         empty = []
         for block, g, v in self.pairs(query):

@@ -35,11 +35,7 @@ class OnOperator(OnGradients):
         if self.matrix not in self.matrices:
             *most, last = self.matrices
             raise self._error(f"matrix={self.matrix!r}; use {', '.join(most)} or {last}.")
-        self._check_above("damping", self.damping)
-
-    def _check_above(self, option: str, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self._error(f"{option}={value!r}; use a number above 0.")
+        self._check_above_0("damping", self.damping)
 
     def fit(self, train: Operator) -> Self:  # type: ignore[override]
         """Take `Operator({block: [n, D]}, product)`."""
@@ -55,7 +51,7 @@ class OnOperator(OnGradients):
         import torch
 
         for damping in dampings:
-            self._check_above("damping", damping)
+            self._check_above_0("damping", damping)
         sizes, v = [], []
         for _, g, v_b in self.pairs(query):
             sizes.append(g.shape[1])
@@ -125,7 +121,7 @@ class CG(OnOperator):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise self._error(f"{option}={value!r}; use a whole number from {least}.")
-        self._check_above("tolerance", self.tolerance)
+        self._check_above_0("tolerance", self.tolerance)
 
     def calls(self, m: int) -> int:
         """One for all probes, one a step."""

@@ -60,8 +60,7 @@ def run(request: Request) -> Path:
     model_sha256 = base_sha256(load(ModelSpec(request.model, None, request.device)))
     this = {"scale": request.scale, "seed": request.seed, "model": Path(request.model).name}
     this |= {"model_sha256": model_sha256, "protocol": protocol(request.scale, request.seed)}
-    if already_there(path, this):
-        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+    if already_there(path, this, request.reporter):
         return path
     left_out: list[str] = []
     found = {name: _along(name, request, model_sha256, left_out) for name in tasks}

@@ -42,8 +42,7 @@ def run(request: Request) -> Path:
     plan = plans(request.seed)[request.scale]
     path = request.out / RESULT
     this = {"scale": request.scale, "seed": request.seed, "data_sha256": images.sha256, "protocol": protocol(plan)}
-    if already_there(path, this):
-        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+    if already_there(path, this, request.reporter):
         return path
     data = twolayer.data(images, plan)
     found = measure(data, plan, cache_dir() / "figure7", request.reporter.note)

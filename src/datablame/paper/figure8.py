@@ -101,8 +101,7 @@ def run(request: Request) -> Path:
     chosen = choices(request.scale, int(loaded.model.config.get_text_config().num_hidden_layers))
     this = {"scale": request.scale, "seed": request.seed, "model": Path(request.model).name}
     this |= {"model_sha256": base_sha256(loaded), "protocol": protocol(request.scale, request.seed, chosen)}
-    if already_there(path, this):
-        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+    if already_there(path, this, request.reporter):
         return path
     sizes = sizes_of(loaded.model, request.scale, request.seed)
     del loaded

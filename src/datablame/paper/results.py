@@ -10,6 +10,7 @@ from typing import Any
 
 from datablame.environment import environment
 from datablame.errors import UserError
+from datablame.indexing import SILENT, Reporter
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -73,12 +74,16 @@ def state(path: Path) -> str:
     return f"run: {', '.join([str(path), *known])}"
 
 
-def already_there(path: Path, run: dict[str, Any]) -> bool:
-    """Whether `path` holds this very `run`. Raises UserError when it holds another one, which is not overwritten."""
+def already_there(path: Path, run: dict[str, Any], reporter: Reporter = SILENT) -> bool:
+    """Whether `path` holds this very `run`, of which the reporter is told.
+
+    Raises UserError when it holds another one, which is not overwritten.
+    """
     if not path.exists():
         return False
     there = read(path).get("run")
     if there == run:
+        reporter.note(f"{path} holds this run already; remove it to measure again.")
         return True
     differ = [k for k in run if not isinstance(there, dict) or there.get(k) != run[k]]
     raise UserError(f"{path}: holds another run (its {differ[0]} differs). Name another --out, or remove the file.")

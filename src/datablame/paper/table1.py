@@ -27,8 +27,7 @@ def run(request: Request) -> Path:
     judge = named(request.judge, request.judge_label, request.judge_labels, request.device)
     path = request.out / RESULT
     this = alignment.described(request, judge)
-    if already_there(path, this):
-        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+    if already_there(path, this, request.reporter):
         return path
     models = []
     for model in request.models:

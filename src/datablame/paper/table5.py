@@ -77,8 +77,7 @@ def run(request: Request) -> Path:
     plan = linear.Plan(settings, request.seed)
     path = request.out / RESULT
     this = {"scale": request.scale, "seed": request.seed, "data_sha256": images.sha256, "protocol": protocol(plan)}
-    if already_there(path, this):
-        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+    if already_there(path, this, request.reporter):
         return path
     record = {
         "run": this,

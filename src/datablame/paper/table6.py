@@ -52,8 +52,7 @@ def run(request: Request) -> Path:
     path = request.out / RESULT
     openings = {"refusals": list(behaviour.REFUSALS), "compliances": list(behaviour.COMPLIANCES)}
     this = alignment.described(request, judge, **openings)
-    if already_there(path, this):
-        request.reporter.note(f"{path} holds this run already; remove it to measure again.")
+    if already_there(path, this, request.reporter):
         return path
     models = [_model(alignment.arms(request, m), judge, request) for m in request.models]
     accuracy = judge.accuracy and judge.accuracy._asdict()
