@@ -18,7 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
-from datablame.evaluation.suites import DAMPING, EXACTNESS, MATRICES, RETRAINED
+from datablame.evaluation.suites import DAMPING, EXACTNESS, MATRICES, OPENING, RETRAINED
 from datablame.paper import experiment, module
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
@@ -205,6 +205,24 @@ def matrices() -> str:
     return f"{bench_tables.markdown(rows)}\n\n`{task}`, seed {seed}."
 
 
+def opening() -> str:
+    """Both truths side by side, for a reader who sees one table."""
+    found = {t: r for t, r in _found(RESULTS, "sound").items() if r.learnt}
+    truth, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
+    if not found or not truth:
+        return "*Not run yet.*"
+    head, _, *labels, chance = bench_tables.headline_rows(found, told=OPENING)
+    kinds = [h.partition(":")[0] for h in head[1:]]
+    _, *halves, by_class, ceiling = truth_tables.lds_some(truth, OPENING)
+    rows = [["", *(f"by label: {k}" for k in kinds), *(f"by retraining: {t}" for t in truth)]]
+    rows += [[name, *a[1:], *b[1:]] for (name, _), a, b in zip(OPENING, labels, halves, strict=True)]
+    rows.append([*chance, *("0.00" for _ in truth)])
+    rows += [[name, *("" for _ in kinds), *cells] for name, *cells in (by_class, ceiling)]
+    seeds = "; ".join(f"{t} {len(r.results)}" for t, r in found.items())
+    halved = "; ".join(f"{t} {len(r)}" for t, r in truth.items())
+    return f"{bench_tables.markdown(rows)}\n\nSeeds by label: {seeds}. By retraining: {halved}."
+
+
 BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "learnt": learnt,
     "damping": damping,
@@ -219,6 +237,10 @@ BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     },
 }
 """Tables of the benchmark's results, `benchmarks/results/bench/`, under the sound recipe; `NAME_paper`: the paper's."""
+
+
+JOINED = {"opening": opening, "matrices": matrices}
+"""Tables of labels and of retraining together."""
 
 
 @cache
@@ -250,8 +272,8 @@ def render(text: str) -> str:
             found, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
             rows = truth_tables.lds_some(found, RETRAINED)
             return f"{match[1]}{bench_tables.markdown(rows) if found else '*Not run yet.*'}\n{match[3]}"
-        if name == "matrices":
-            return f"{match[1]}{matrices()}\n{match[3]}"
+        if name in JOINED:
+            return f"{match[1]}{JOINED[name]()}\n{match[3]}"
         if name in ("removal", "lds"):
             return f"{match[1]}{retraining(name)}\n{match[3]}"
         if name == "table6_ranked":

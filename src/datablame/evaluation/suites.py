@@ -154,6 +154,21 @@ HEADLINE = (
     ("the norm of the row's gradient alone", "gradnorm@response"),
 )
 """The rungs that a reader who sees one table should see."""
+OPENING = (
+    ("gradient similarity, as released", "graddot@padded"),
+    ("DataInf, as released", "datainf:damping=0.1@padded"),
+    ("LiSSA, as released", "lissa:protocol=paper,steps=10,damping=0.1@padded"),
+    ("RepSim, as released", "repsim:layer=last,text=prompt"),
+    ("cosine of gradients, on the loss as released", "gradcos@padded"),
+    ("centred, padding out of the loss", "gradcos:over=row,center=1@all"),
+    ("prompt out of the loss too", "gradcos:over=row,center=1@response"),
+    ("influence, exact inverse by block, on the response's loss", "exact-block:damping=1.0,unit=rank@response"),
+    ("RepSim, middle layer", "repsim:layer=middle,text=response"),
+    ("the same, of a model never fine-tuned", "repsim-base:layer=middle,text=response"),
+    ("words of prompt and response (BM25)", "bm25:text=both"),
+    ("words of the response", "bm25:text=response"),
+)
+"""What the README opens with: the paper's methods, the protocol's steps, the controls."""
 EXACTNESS = tuple(
     (f"{name}, {words}", f"{method}@{view}")
     for view, words in (("all", "prompt and response"), ("response", "response alone"))
