@@ -206,21 +206,31 @@ def matrices() -> str:
 
 
 def opening() -> str:
-    """Both truths side by side, for a reader who sees one table."""
-    found = {t: r for t, r in _found(RESULTS, "sound").items() if r.learnt}
+    """Both truths side by side, for a reader who sees one table; of what was learnt."""
+    found = {task: results for task, results in _found(RESULTS, "sound").items() if results.learnt}
     truth, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
-    if not found or not truth:
+    truth = {task: results for task, results in truth.items() if task in found}
+    if not truth:
         return "*Not run yet.*"
-    head, _, *labels, chance = bench_tables.headline_rows(found, told=OPENING)
-    kinds = [h.partition(":")[0] for h in head[1:]]
-    _, *halves, by_class, ceiling = truth_tables.lds_some(truth, OPENING)
-    rows = [["", *(f"by label: {k}" for k in kinds), *(f"by retraining: {t}" for t in truth)]]
-    rows += [[name, *a[1:], *b[1:]] for (name, _), a, b in zip(OPENING, labels, halves, strict=True)]
-    rows.append([*chance, *("0.00" for _ in truth)])
-    rows += [[name, *("" for _ in kinds), *cells] for name, *cells in (by_class, ceiling)]
-    seeds = "; ".join(f"{t} {len(r.results)}" for t, r in found.items())
-    halved = "; ".join(f"{t} {len(r)}" for t, r in truth.items())
-    return f"{bench_tables.markdown(rows)}\n\nSeeds by label: {seeds}. By retraining: {halved}."
+    same = {task: found[task].of_seeds([r["seed"] for r in results]) for task, results in truth.items()}
+    heads, _, *kinds = bench_tables.headline_rows(found, told=OPENING)
+    tasks = bench_tables.ladder_rows(same, ladders={"": OPENING})[-len(kinds) :]
+    _, *halves, knowing, ceiling = truth_tables.lds_some(truth, OPENING)
+    rows = [["", *heads[1:], *(f"{t}: {what}" for t in truth for what in ("by label", "by retraining"))]]
+    for name, of_kinds, of_tasks, of_halves in zip(
+        (*(name for name, _ in OPENING), "chance"),
+        kinds,
+        tasks,
+        (*halves, ["", *("0.00" for _ in truth)]),
+        strict=True,
+    ):
+        both = (cell for pair in zip(of_tasks[1:], of_halves[1:], strict=True) for cell in pair)
+        rows.append([name, *of_kinds[1:], *both])
+    for name, *cells in (knowing, ceiling):
+        rows.append([name, *("" for _ in heads[1:]), *(x for cell in cells for x in ("", cell))])
+    seeds = "; ".join(f"{task} {_seeds(results)}" for task, results in found.items())
+    halved = "; ".join(f"{task} {_seeds(results)}" for task, results in same.items())
+    return f"{bench_tables.markdown(rows)}\n\nSeeds of the kinds: {seeds}. Of {' and '.join(truth)} alone: {halved}."
 
 
 BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {

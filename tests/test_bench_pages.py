@@ -225,7 +225,18 @@ def table(script: ModuleType, name: str) -> str:
 
 
 def test_pages_say_what_has_not_been_run(script: ModuleType, tmp_path: Path) -> None:
-    for name in ("headline", "learnt", "ladder", "ladder_paper", "table2", "table3", "table4", "hours"):
+    for name in (
+        "headline",
+        "learnt",
+        "ladder",
+        "ladder_paper",
+        "table2",
+        "table3",
+        "table4",
+        "hours",
+        "opening",
+        "matrices",
+    ):
         assert table(script, name) == f"<!-- table: {name} -->\n*Not run yet.*\n<!-- end -->"
 
 
@@ -252,6 +263,39 @@ def test_pages_have_both_ladders_the_released_files_and_the_hours(script: Module
     write(tmp_path / "bench", ours[1] | {"title": "of old"})
     script._found.cache_clear()
     assert "facts: seed 1 is left out" in table(script, "learnt")
+
+
+def test_the_opening_has_both_truths_of_what_was_learnt(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(truth, "today", lambda result: None)
+    ours = [made(task, s) | {"model": "smollm2-135m"} for task in ("mixed-small", "grammars") for s in (0, 1)]
+    bad = made("mathqa", 0) | {"model": "smollm2-135m", "learnt": {"learnt": False}}
+    folder = write(tmp_path / "bench", *ours, bad) / "smollm2-135m" / "cpu"
+    assert table(script, "opening") == "<!-- table: opening -->\n*Not run yet.*\n<!-- end -->"
+    near = lambda v: {"value": v, "without": [v - 0.01, v + 0.01] * 8}  # noqa: E731
+    halves = {"graddot@padded": near(0.1), "repsim:layer=last,text=prompt": near(0.2), BM25: near(0.3)}
+    lds = {"version": truth.VERSION, "kind": "lds", "seed": 1, "rows": 40, "queries": 20, "runs": list(halves)}
+    lds |= {"lds": halves, "knowing_the_class": near(0.4), "noise_ceiling": near(0.9)}
+    for task in ("mixed-small", "mathqa"):
+        (folder / f"{task}-sound-s1-lds.json").write_text(json.dumps(lds | {"task": task}))
+    lines = [line.strip("| ").split(" | ") for line in table(script, "opening").splitlines()]
+    heads = ["harmful data: mixed-small", "class: grammars", "mixed-small: by label", "mixed-small: by retraining"]
+    assert lines[1] == heads
+    rows = {name: cells for name, *cells in lines[3:] if len(cells) == len(heads)}
+    released, words = rows["gradient similarity, as released"], rows["words of prompt and response (BM25)"]
+    assert released[3].startswith("0.10 (")
+    assert released[3].endswith("R− B−")
+    assert words[3].startswith("0.30 (")
+    both, one = (
+        TaskResults("mixed-small", "sound", some).interval(BM25, "auroc").value for some in (ours[:2], ours[1:2])
+    )
+    assert [cell[:4] for cell in (words[0], words[2])] == [f"{both:.2f}", f"{one:.2f}"]
+    assert rows["DataInf, as released"][3] == "–"
+    assert rows["chance"][-1] == "0.00"
+    assert table(script, "opening").endswith(
+        "Seeds of the kinds: grammars 0, 1; mixed-small 0, 1. Of mixed-small alone: mixed-small 1.\n<!-- end -->"
+    )
 
 
 def test_numbers_on_answers_behind_the_reference_are_in_no_table(tmp_path: Path) -> None:

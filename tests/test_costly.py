@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import datablame
 from bench_cases import one_task, run, tiny
@@ -161,6 +162,70 @@ def test_runs_that_differ_in_damping_share_one_product(
             k: v for k, v in found[wanted[1]].items() if "seconds" not in k
         }
         assert both[kind][wanted[0]]["residual"] != both[kind][wanted[1]]["residual"]
+
+
+def test_a_product_is_kept_by_all_that_decides_it(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def product(matrix: str, x: torch.Tensor) -> torch.Tensor:
+        made.append(matrix)
+        return x * (2 if matrix == "hessian" else 3)
+
+    x, y = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    times = costly.kept_products(product, tmp_path, "a")
+    asked: list[tuple[Any, torch.Tensor]] = [("hessian", x), ("gauss-newton", x), ("hessian", y), ("hessian", x)]
+    results = [times(*args) for args in asked]
+    assert made == ["hessian", "gauss-newton", "hessian"]
+    for (matrix, v), found in zip(asked, results, strict=True):
+        torch.testing.assert_close(found, product(matrix, v), rtol=0, atol=0)
+    later = costly.kept_products(lambda *args: pytest.fail("it was kept"), tmp_path, "a")  # another process
+    torch.testing.assert_close(later("gauss-newton", x), 3 * x, rtol=0, atol=0)
+    costly.kept_products(product, tmp_path, "of other rows")("hessian", x)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_no_room_for_a_product_is_no_fault_of_the_method(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written into the result, and the run goes on from there."""
+
+    def full(path: Path, data: bytes) -> None:
+        raise DiskError(f"{path}: no space left.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(costly, "write_whole", full)
+        with pytest.raises(DiskError, match="no space left"):
+            run(model_dir, tmp_path / "out", methods="bm25,subspace:matrix=gauss-newton")
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25,subspace:matrix=gauss-newton")
+    found = json.loads(path.read_text())["results"]["reference"]
+    assert not [name for name, numbers in found.items() if "error" in numbers]
+    assert len(found) == 2
+
+
+def test_a_refused_run_is_tried_again_on_the_products_that_it_had(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datablame.methods.subspace import Subspace
+
+    def refuse(*args: Any) -> None:
+        raise UserError("not positive definite")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Subspace, "_refuse_negative", refuse)
+        (path,) = run(model_dir, tmp_path / "out", methods="subspace:matrix=hessian,damping=9.0")
+    assert (
+        "error" in json.loads(path.read_text())["results"]["reference"]["subspace:matrix=hessian,damping=9.0@response"]
+    )
+    cell, _ = folders(tmp_path)
+    (kept,) = (p for p in cell.iterdir() if p.is_dir())
+    assert [p.name for p in kept.iterdir()] == ["products"]
+    monkeypatch.setattr(costly, "product_of", lambda *args: lambda *xs: pytest.fail("the product was made again"))
+    run(model_dir, tmp_path / "out", methods="subspace:matrix=hessian,damping=9.0")
+    assert (
+        "error"
+        not in json.loads(path.read_text())["results"]["reference"]["subspace:matrix=hessian,damping=9.0@response"]
+    )
+    assert not kept.exists()
 
 
 # ---------------------------------------------------------------- interruptions and failures

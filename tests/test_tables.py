@@ -13,6 +13,7 @@ from datablame.evaluation.results import TaskResults, against, corrected, of_one
 from datablame.evaluation.suites import FAMILIES, HEADLINE, runs
 from datablame.evaluation.tables import (
     HEADINGS,
+    SAME,
     headline_rows,
     ladder_rows,
     markdown,
@@ -64,6 +65,7 @@ def test_matrices_stand_on_both_truths_beside_what_the_solver_left() -> None:
     there = result["results"]["reference"]
     there["subspace:matrix=hessian@response"] = there["length"] | {"captured": "gradients", "residual": 0.2345}
     there["subspace@response"] = {"error": "not positive definite", "seconds": 0.0}
+    result["results"]["generated"] = there | {"graddot@padded": {"error": "on these alone", "seconds": 0.0}}
     score = {"value": 0.4, "without": [0.39, 0.41] * 8}
     told = (
         ("plain", "graddot@padded"),
@@ -78,8 +80,9 @@ def test_matrices_stand_on_both_truths_beside_what_the_solver_left() -> None:
     assert plain[0] == "plain `graddot@padded`"
     assert [cell[:4] for cell in plain[1:]] == ["0.50", "0.50", "0.40", ""]
     assert [cell[:4] for cell in hessian[1:]] == ["0.50", "0.50", "0.40", "0.2"]
-    assert all(" to " in cell for cell in (*plain[1:4], *hessian[1:4]))
-    assert failed[1:] == ["not positive definite", "", "", ""]
+    assert all(" to " in cell for cell in (*plain[1:4], hessian[3]))
+    assert all(cell.endswith(SAME) for cell in hessian[1:3])  # one ranking, queries of one class: no interval
+    assert failed[1:] == ["–"] * 4
     assert missing[1:] == ["–"] * 4
     assert chance[1:] == ["0.50", "0.50", "0.00", ""]
 

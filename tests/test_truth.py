@@ -414,12 +414,12 @@ def test_lds_stands_by_view_beside_the_ceiling_and_the_class() -> None:
     assert one[-1] == "0.80 (0.80 to 0.80)"
     assert both[-1] == "0.88 (0.88 to 0.88)"  # √(1.28/1.64)
     told = (("padded", "gradcos@padded"), ("not run", "graddot@all"))
-    heads, padded, missing, classes, agreement = lds_some({"mathqa": [result(0), result(1)]}, told)
+    heads, padded, missing, classes, ceiling = lds_some({"mathqa": [result(0), result(1)]}, told)
     assert heads == ["linear datamodeling score", "mathqa"]
-    assert padded == ["padded `gradcos@padded`", gradcos[3]]  # with the marks of the whole table
+    assert padded == ["padded `gradcos@padded`", gradcos[3]]  # the marks are of the same tests
     assert missing[1] == "–"
     assert classes[1].startswith("0.60 (")
-    assert agreement[1] == "0.64 (0.64 to 0.64)"
+    assert ceiling[1] == both[-1]
     unlike = result(0) | {"noise_ceiling": {"value": -0.1, "without": [-0.1] * 16}}
     assert lds_rows([unlike])[-1][-1] == "0.00 (0.00 to 0.00)"
 

@@ -163,7 +163,7 @@ class FeatureStore:
 
         name = f"shard-{rows[0] // self.manifest['shard_rows']:05d}.safetensors"
         data = save({k: features[k].contiguous() for k in sorted(features)})
-        _replace(self.path / name, data)
+        write_whole(self.path / name, data)
         entry = {"file": name, "rows": list(rows), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self.manifest["shards"] = sorted([*self.manifest["shards"], entry], key=lambda s: s["file"])
         self._write_manifest()
@@ -174,10 +174,10 @@ class FeatureStore:
         tensors = self._adapter()
         data = save({k: tensors[k].contiguous() for k in sorted(tensors)})
         self.manifest["adapter_file_sha256"] = hashlib.sha256(data).hexdigest()
-        _replace(self.path / ADAPTER, data)
+        write_whole(self.path / ADAPTER, data)
 
     def _write_manifest(self) -> None:
-        _replace(self.path / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False).encode())
+        write_whole(self.path / "manifest.json", json.dumps(self.manifest, indent=1, ensure_ascii=False).encode())
 
     # ------------------------------------------------------------ read
 
@@ -288,7 +288,7 @@ class DiskError(UserError):
     """There is no room on the disk, or no leave to write: whatever was to be kept, it is not at fault."""
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is either the old one or the whole new one, even after a power cut."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -338,7 +338,7 @@ def _write_examples(path: Path, examples: Sequence[Example]) -> None:
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    _replace(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def _read_examples(path: Path) -> list[Example]:

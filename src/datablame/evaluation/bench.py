@@ -296,7 +296,7 @@ def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
 
 def failures(result: Mapping[str, Any] | None) -> dict[str, str]:
     """`{run: why}` of those that a result holds no numbers of, on one set of responses at least."""
-    sets = result["results"].values() if result else ()
+    sets = (result or {}).get("results", {}).values()
     return {run: v["error"] for found in sets for run, v in found.items() if "error" in v}
 
 

@@ -9,10 +9,12 @@ takes no other with it, and the disk holds one at a time. An interrupted capture
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,8 +31,8 @@ from datablame.evaluation.suites import Beyond, beyond, split
 from datablame.evaluation.tasks import Task
 from datablame.extras import parse_list
 from datablame.indexing import CaptureOptions, Engine, Reporter, digest, fill
-from datablame.methods import parse
-from datablame.store import SCHEMA, DiskError, FeatureStore, check_disk
+from datablame.methods import Method, parse
+from datablame.store import SCHEMA, DiskError, FeatureStore, check_disk, write_whole
 from datablame.tracing import product_of
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
     Results = dict[str, dict[str, Scored]]
 
+PRODUCTS = "products"
+"""Directory of curvature products, beside the stores of one kind of features."""
 CHECKPOINTS = 4
 """So many of a training are taken, about as far apart; the last is the adapter's own."""
 OPERATOR = {"rows": 32, "queries": 8, "steps": 20}
@@ -77,38 +81,58 @@ def costly_results(
         stores = _captured(o, options, folder, reporter) if left else {}
         seconds = round(time.perf_counter() - start, 1)
         for s in RESPONSES if left else ():
-            product = lambda method: kept_products(  # noqa: E731
-                product_of(stores["train"], o.loaded, o.encoder, method, len(task.queries)), folder / "products"
+            scored[s] |= score_runs(
+                left, train := stores["train"], stores[s], reporter, _products(o, task, train, folder)
             )
-            scored[s] |= score_runs(left, stores["train"], stores[s], reporter, product)
     except DiskError:  # no fault of the method
         raise
     except UserError as e:
         for s in RESPONSES:
             scored[s] |= {run: Scored(None, str(e), 0.0) for run in left}
     if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
+        failed = any(x.error and not x.limit for found in scored.values() for x in found.values())
+        _delete(folder, but=PRODUCTS if failed else None)
     results = kept_results(task, scored, o.folder)
     captured = {"captured": need.spelling, "capture_seconds": seconds} | ({"checkpoints": steps} if steps else {})
     return {s: {run: found[run] | captured for run in runs} for s, found in results.items()}
 
 
-def kept_products(product: Product, folder: Path) -> Product:
-    """The same, kept in files: runs that differ in damping alone share them, and an interrupted cell has them still."""
+def _products(o: Opened, task: Task, train: FeatureStore, folder: Path) -> Callable[[Method], Product]:
+    """Products of the cell's curvature for each method, kept in `folder` under what they are of."""
+
+    def product(method: Method) -> Product:
+        made = product_of(train, o.loaded, o.encoder, method, len(task.queries))
+        return kept_products(made, folder / PRODUCTS, json.dumps(train.settings, sort_keys=True))
+
+    return product
+
+
+def kept_products(product: Product, folder: Path, of: str) -> Product:
+    """The same, kept in files: runs that differ in damping alone share them, and an interrupted cell has them still.
+
+    of: all that decides a product but the matrix and the vectors. The seconds of the first run hold those of its
+    products, the others' do not. Raises DiskError where one cannot be written.
+    """
     import torch
 
     def times(matrix: Matrix, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
-        of = hashlib.sha256(np.ascontiguousarray(x.numpy()).tobytes()).hexdigest()[:16]
-        place = folder / f"{matrix}-{of}.npy"
+        sha = hashlib.sha256(f"{matrix} {of} ".encode())
+        sha.update(np.ascontiguousarray(x.numpy()).tobytes())
+        place = folder / f"{matrix}-{sha.hexdigest()[:16]}.npy"
         if not place.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            part = place.with_suffix(".part")
-            with part.open("wb") as file:
-                np.save(file, product(matrix, x).numpy())
-            part.replace(place)
-        return torch.from_numpy(np.load(place))
+            np.save(file := io.BytesIO(), product(matrix, x).numpy())
+            write_whole(place, file.getvalue())
+        return torch.from_numpy(np.load(place, allow_pickle=False))
 
     return times
+
+
+def _delete(folder: Path, but: str | None) -> None:
+    """All that was captured; a run that failed is tried again on the products that it had."""
+    for part in folder.iterdir() if but and folder.exists() else [folder]:
+        if part.name != but:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def limited(run: str, task: Task) -> str:

@@ -17,7 +17,7 @@ from datablame.evaluation.suites import FIGURE, split
 from datablame.evaluation.tasks import Task
 from datablame.indexing import Reporter
 from datablame.methods import Method, parse
-from datablame.store import FeatureStore
+from datablame.store import DiskError, FeatureStore
 from datablame.tracing import Inputs
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def score_runs(
             method = parse(f"random:seed={_noise(train)}" if spec == "random" else spec)
             values = _checked(CellInputs(train, queries, view, product).score(method), len(queries), len(train))
             residual = _residual(method)
+        except DiskError:  # no fault of the method
+            raise
         except UserError as e:
             values, error = None, str(e)
         except Exception as e:  # a method of a user's own may raise what it likes

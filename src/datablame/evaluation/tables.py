@@ -100,7 +100,7 @@ def _by_column(column: str, tests: Mapping[tuple[str, str], Tested]) -> dict[tup
 # ---------------------------------------------------------------- cells
 
 
-def _shown(i: Interval, form: str = ".2f", fixed: bool = False) -> str:
+def with_interval(i: Interval, form: str = ".2f", fixed: bool = False) -> str:
     """fixed: without an interval, and marked as one ranking for all queries."""
     i = Interval(*(round(x, 9) + 0.0 for x in i))  # equal but for rounding errors looks equal, and no zero is negative
     return f"{i.value:{form}} {SAME}" if fixed else f"{i.value:{form}} ({i.low:{form}} to {i.high:{form}})"
@@ -152,7 +152,7 @@ def task_rows(
     rows = []
     for run in runs:
         fixed = results.fixed(run, kind, group)
-        cells = [_shown(found[run, m], forms[m], fixed) + marks(tests, m, run) for m in METRICS]
+        cells = [with_interval(found[run, m], forms[m], fixed) + marks(tests, m, run) for m in METRICS]
         seeds = " ".join(f"{s:.2f}" for s in results.seeds(run, "accuracy", kind, group))
         rows.append([f"`{run}`", *cells, seeds])
     chance = [f"{results.chance(m, group):.2f}" for m in METRICS]
@@ -203,7 +203,7 @@ def behaving_rows(results: TaskResults) -> Rows | None:
     heads = [f"{HEADINGS[x]}, {which}" for x in MARKED for which in (f"all {m}", f"the {count} that behave")]
     fixed = {run: results.fixed(run, "generated") for run in results.runs}
     rows = [
-        [f"`{run}`", *(_shown(of[run, x], fixed=fixed[run]) for x in MARKED for of in (every, shown))]
+        [f"`{run}`", *(with_interval(of[run, x], fixed=fixed[run]) for x in MARKED for of in (every, shown))]
         for run in results.runs
     ]
     of_shown = {x: np.mean([v.mean() for v in results.behaving(None, x)]) for x in MARKED}
@@ -253,7 +253,7 @@ def _percent(results: TaskResults, group: str, run: str | None) -> str:
         return "–"
     accuracy = Interval(*(100 * x for x in results.interval(run, "accuracy", group=group)))
     coverage = 100 * results.values(run, "coverage", group=group).mean()
-    return f"{_shown(accuracy, '.0f', results.fixed(run, group=group))} / {coverage:.0f}"
+    return f"{with_interval(accuracy, '.0f', results.fixed(run, group=group))} / {coverage:.0f}"
 
 
 Ladders = Mapping[str, Sequence[tuple[str, str]]]
@@ -274,7 +274,9 @@ def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc", ladders
         rows.append([heading, *("" for _ in found)])
         for step, run in ladder:
             cells = [
-                _shown(r.interval(run, metric), fixed=r.fixed(run)) + marks(tests, t, run) if run in r.runs else "–"
+                with_interval(r.interval(run, metric), fixed=r.fixed(run)) + marks(tests, t, run)
+                if run in r.runs
+                else "–"
                 for t, r in found.items()
             ]
             rows.append([f"{step} `{run}`", *cells])
@@ -305,7 +307,7 @@ def headline_rows(
         if run not in everywhere[family]:
             return "–"
         i = interval_of_tasks([t.values(run, metric) for t in families[family]])
-        return _shown(i, fixed=any(t.fixed(run) for t in families[family])) + marks(tests, family, run)
+        return with_interval(i, fixed=any(t.fixed(run) for t in families[family])) + marks(tests, family, run)
 
     rows = [["the label shows on", *("; ".join(f"{t.task}: {shows(t)}" for t in ts) for ts in families.values())]]
     rows += [[f"{name} `{run}`", *(cell(f, run) for f in families)] for name, run in told]

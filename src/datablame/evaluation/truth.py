@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Matrices = Mapping[str, Float[np.ndarray, "m n"]]
 
 Kind = Literal["removal", "lds"]
-VERSION = 3
+VERSION = 4
 """Of a result of retraining. Another number means that old ones are made again."""
 REMOVED = (
     *(
@@ -144,7 +144,7 @@ def _seed(cell: Cell, task: Task, model_sha256: str, kind: Kind, out: Path, runs
     check_model(place, old, model_sha256)
     matrices = cache_dir() / "bench" / folder_of(cell, task, model_sha256) / MATRICES
     scores = read_matrices(matrices) if matrices.exists() else None
-    chosen = _chosen(kind, runs, scores, old)
+    chosen = _chosen(kind, runs, scores, old, read_result(result_path(out, cell)))
     decides = _fingerprint(cell, task, model_sha256, kind, chosen)
     digest = None if scores is None else _digest([scores[r] for r in chosen if r in scores])
     if old is not None and old["fingerprint"] == decides and digest in (None, old["scores_sha256"]):
@@ -181,16 +181,24 @@ def _first(cell: Cell, out: Path, run: str | None = None) -> str:
 
 
 def _chosen(
-    kind: Kind, runs: Sequence[str] | None, scores: Matrices | None, old: Mapping[str, Any] | None
+    kind: Kind,
+    runs: Sequence[str] | None,
+    scores: Matrices | None,
+    old: Mapping[str, Any] | None,
+    result: Mapping[str, Any] | None,
 ) -> list[str]:
-    """The runs. Without the cell's scores, which are kept in the cache, those of the result that is there."""
+    """The runs. Without the cell's scores, which are kept in the cache, those of the result `old` that is there.
+
+    result: the cell's, whose finished runs lds takes.
+    """
     if runs:
         return list(dict.fromkeys(runs))
     if kind == "removal":
         return list(REMOVED)
-    if scores is not None:
-        return list(scores)
-    return list(old["runs"]) if old else []
+    if scores is None:
+        return list(old["runs"]) if old else []
+    found = (result or {}).get("results", {}).get("reference", {})
+    return sorted(run for run, numbers in found.items() if "error" not in numbers) or sorted(scores)
 
 
 def _recipe(cell: Cell, task: Task) -> dict[str, Any]:
@@ -220,9 +228,14 @@ def _fingerprint(cell: Cell, task: Task, model_sha256: str, kind: Kind, runs: Se
 # ---------------------------------------------------------------- removal
 
 
+def _main(task: Task) -> list[int]:
+    """Positions of the main queries, which the tables of labels count too."""
+    return [j for j, g in enumerate(task.groups) if g in task.main]
+
+
 def _group(task: Task) -> tuple[str, list[int], int]:
     """The most frequent class of main queries, their positions, and how many rows are right for them."""
-    main = [j for j, g in enumerate(task.groups) if g in task.main]
+    main = _main(task)
     label, _ = Counter(str(task.queries[j].label) for j in main).most_common(1)[0]
     queries = [j for j in main if str(task.queries[j].label) == label]
     return label, queries, int(task.truth[queries[0]].sum())
@@ -266,7 +279,8 @@ def _removal(
 def _lds(
     cell: Cell, task: Task, scores: Matrices
 ) -> tuple[dict[str, Job], Callable[[Mapping[str, Retrained]], dict[str, Any]]]:
-    """Half-sets trained under two seeds: their mean loss is the truth, their agreement the noise ceiling."""
+    """Half-sets trained under two seeds: a main query's mean loss is the truth, the agreement the noise ceiling."""
+    main = _main(task)
     sets = half_sets(len(task.train), HALF_SETS, cell.seed)
     jobs = {
         f"{seed} {i}": Job(cell, task, tuple(np.flatnonzero(s).tolist()), seed, generate=False)
@@ -275,12 +289,12 @@ def _lds(
     }
 
     def told(found: Mapping[str, Retrained]) -> dict[str, Any]:
-        losses = np.stack([found[name].loss for name in jobs]).reshape(2, len(sets), -1)
+        losses = np.stack([found[name].loss[main] for name in jobs]).reshape(2, len(sets), -1)
         mean = losses.mean(axis=0)
-        score = lambda s: _told(lambda some: lds(s, sets[some], mean[some]), len(sets))  # noqa: E731
+        score = lambda s: _told(lambda some: lds(s[main], sets[some], mean[some]), len(sets))  # noqa: E731
         return {
             "rows": len(task.train),
-            "queries": len(task.queries),
+            "queries": len(main),
             "half_sets": len(sets),
             "seeds_of_each": 2,
             "noise_ceiling": _told(lambda some: noise_ceiling(*losses[:, some]), len(sets)),

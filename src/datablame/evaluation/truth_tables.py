@@ -13,7 +13,7 @@ from datablame.errors import UserError
 from datablame.evaluation.intervals import Interval, interval
 from datablame.evaluation.results import TaskResults, Tested, corrected
 from datablame.evaluation.retraining import standard_error
-from datablame.evaluation.tables import REFERENCES, Rows, markdown
+from datablame.evaluation.tables import REFERENCES, Rows, markdown, with_interval
 from datablame.evaluation.truth import AGAIN, CHANCE, NOTHING, RIGHT, Kind, is_old, read_truth
 from datablame.evaluation.views import VIEWS
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def load_truth(
     out: str | Path, model: str, scale: str, kind: Kind
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """`{task: results by seed}` of what is there, and a sentence for each that is left out, being of other rows.
+    """`{task: results by seed}` of what is there, and sentences on what is left out: seeds of other rows, single runs.
 
     Raises UserError for seeds of one task that cannot be joined, being of other numbers of rows or queries, recipes or
     models, or, for removal, of other runs.
@@ -47,6 +47,8 @@ def load_truth(
         else:
             found.setdefault(result["task"], []).append(result)
     for task, results in found.items():
+        if alone := {run for r in results for run in r["runs"]} - set(_shared(results)):
+            notes.append(f"{task}: not of every seed, and in no table: {', '.join(sorted(alone))}.")
         results.sort(key=lambda r: r["seed"])
         kinds = [_kind(r) for r in results]
         if differs := [k for k in kinds[0] if any(other[k] != kinds[0][k] for other in kinds)]:
@@ -158,7 +160,7 @@ def lds_rows(results: Results) -> Rows:
     correction over the table. Intervals and tests are by the jackknife over half-sets.
     """
     table: dict[str, dict[str, str]] = {}
-    for run, cell in _lds_cells(results).items():
+    for run, cell in _lds_cells({"": results})[""].items():
         method, _, view = run.partition("@")
         table.setdefault(method, {})[view] = cell
     views = [*(v for v in VIEWS if any(v in cells for cells in table.values())), ""]
@@ -169,55 +171,73 @@ def lds_rows(results: Results) -> Rows:
         "knowing the class": estimate([r["knowing_the_class"] for r in results]).interval(),
         "noise: the two seeds of a half-set agree to r": agreement,
         "ceiling against one seed: √r": _mapped(agreement, np.sqrt),
-        "ceiling against the mean of both, as here: √(2r/(1 + r))": _mapped(
-            agreement, lambda r: (2 * r / (1 + r)) ** 0.5
-        ),
+        "ceiling against the mean of both, as here: √(2r/(1 + r))": _mapped(agreement, _of_two),
     }
     return rows + [[name, *("" for _ in views[1:]), _told(i, ".2f")] for name, i in ends.items()]
 
 
 def lds_some(found: Mapping[str, Results], told: Sequence[tuple[str, str]]) -> Rows:
-    """Some runs, `(name, run)`, a task a column, with the marks of the whole table; what knowing the class gets."""
-    columns = {task: _lds_cells(results) for task, results in found.items()}
+    """Some runs, `(name, run)`, a task a column, corrected over these; what knowing the class gets, and the ceiling."""
+    columns = _lds_cells(found, [run for _, run in told])
     rows = [[f"{name} `{run}`", *(cells.get(run, "–") for cells in columns.values())] for name, run in told]
-    for name, key in (("knowing the class", "knowing_the_class"), ("two trainings agree to", "noise_ceiling")):
-        ends = (estimate([r[key] for r in results]).interval() for results in found.values())
-        rows.append([name, *(_told(i, ".2f") for i in ends)])
+    known = (estimate([r["knowing_the_class"] for r in results]).interval() for results in found.values())
+    agreed = (estimate([r["noise_ceiling"] for r in results]).interval() for results in found.values())
+    rows.append(["knowing the class", *(_told(i, ".2f") for i in known)])
+    rows.append(["the most that noise allows", *(_told(_mapped(i, _of_two), ".2f") for i in agreed)])
     return [["linear datamodeling score", *found], *rows]
 
 
 def matrix_rows(results: TaskResults, of_truth: Results, told: Sequence[tuple[str, str]]) -> Rows:
     """Runs, `(name, run)`, that need not be in every table: truth by label, by retraining, and what the solver left.
 
-    results, of_truth: of the same seeds. A run that failed has the reason in place of its numbers.
+    results, of_truth: of the same seeds. A dash where a seed lacks a run, or it failed.
     """
-    failed, there = results.failed, [*results.runs, *results.costly]
-    lds_of = [r["lds"] for r in of_truth]
     rows = [["", "AUROC", "top-1", "linear datamodeling score", "residual"]]
     for name, run in told:
         cells = ["–"] * 4
-        if run in failed:
-            cells = [failed[run], *[""] * 3]
-        elif run in there:
-            cells[:2] = (_told(results.interval(run, m), ".2f") for m in ("auroc", "accuracy"))
-            left = [r["results"]["reference"][run].get("residual") for r in results.results]
-            cells[3] = " ".join("" if x is None else f"{x:.1g}" for x in left)
-        if run not in failed and all(run in lds for lds in lds_of):
-            cells[2] = _told(estimate([lds[run] for lds in lds_of]).interval(), ".2f")
+        there = [r["results"]["reference"].get(run, {"error": "not run"}) for r in results.results]
+        if not any("error" in found for found in there):
+            fixed = results.fixed(run)
+            cells[:2] = (with_interval(results.interval(run, m), fixed=fixed) for m in ("auroc", "accuracy"))
+            cells[3] = " ".join(f"{found['residual']:.1g}" for found in there if found.get("residual") is not None)
+        if all(run in r["lds"] for r in of_truth):
+            cells[2] = _told(estimate([r["lds"][run] for r in of_truth]).interval(), ".2f")
         rows.append([f"{name} `{run}`", *cells])
     return [*rows, ["chance", *(f"{results.chance(m):.2f}" for m in ("auroc", "accuracy")), "0.00", ""]]
 
 
-def _lds_cells(results: Results) -> dict[str, str]:
-    """Of each run that all seeds have: its score with its interval, and the marks of its tests, corrected over all."""
-    runs = [run for run in results[0]["runs"] if all(run in r["lds"] for r in results)]
-    of = {run: [r["lds"][run] for r in results] for run in runs}
-    beside = {x: ref for x, ref in REFERENCES.items() if ref in of}
+def _shared(results: Results) -> list[str]:
+    """Runs that every seed has."""
+    return [run for run in results[0]["runs"] if all(run in r["runs"] for r in results)]
+
+
+def _lds_cells(found: Mapping[str, Results], told: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
+    """`{task: {run: score, interval and marks}}` of the runs that are told and all seeds have; None: all of these.
+
+    The marks' tests are corrected over all that are told.
+    """
+    of = {task: {run: [r["lds"][run] for r in results] for run in _shared(results)} for task, results in found.items()}
+    shown = {task: [run for run in cells if told is None or run in told] for task, cells in of.items()}
     tests = corrected(
-        {(x, run): estimate(of[run], of[ref]).tested() for x, ref in beside.items() for run in runs if run != ref}
+        {
+            (task, x, run): estimate(cells[run], cells[ref]).tested()
+            for task, cells in of.items()
+            for x, ref in REFERENCES.items()
+            for run in shown[task]
+            if ref in cells and run != ref
+        }
     )
-    marks = {run: " ".join(f"{x}{_sign(tests[x, run])}" for x in beside if (x, run) in tests) for run in runs}
-    return {run: _told(estimate(of[run]).interval(), ".2f", marks[run]) for run in runs}
+
+    def cell(task: str, run: str) -> str:
+        marks = " ".join(f"{x}{_sign(tests[task, x, run])}" for x in REFERENCES if (task, x, run) in tests)
+        return _told(estimate(of[task][run]).interval(), ".2f", marks)
+
+    return {task: {run: cell(task, run) for run in runs} for task, runs in shown.items()}
+
+
+def _of_two(r: float) -> float:
+    """Against the mean of two trainings that correlate by r: `retraining.noise_ceiling`."""
+    return float((2 * r / (1 + r)) ** 0.5)
 
 
 def _mapped(r: Interval, f: Callable[[float], float]) -> Interval:

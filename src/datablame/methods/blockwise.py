@@ -67,18 +67,33 @@ class OnGradients:
             )
         return scores
 
-    def _check_above_0(self, option: str, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self._error(f"{option}={value!r}; use a number above 0.")
+    def _check_above_0(self, option: str, *values: object) -> None:
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise self._error(f"{option}={value!r}; use a number above 0.")
 
     def _error(self, what: str) -> UserError:
         name = "exact-block" if type(self).__name__ == "ExactBlock" else type(self).__name__.lower()
         return UserError(f"{name}: {what}")
 
 
+class Sweeps:
+    """For methods with a damping, above 0: scores are a sweep of one; a method gives `sweep`, which checks them all."""
+
+    damping: float
+
+    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
+        """`[m, n]`."""
+        return self.sweep(query, [self.damping])[self.damping]
+
+    def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
+        """`{damping: [m, n]}` for several dampings, at little more than the cost of one."""
+        raise NotImplementedError
+
+
 @dataclass(kw_only=True)
-class OwnCurvature(OnGradients):
-    """What methods share that bring a curvature matrix of their own; a method gives `sweep`.
+class ByExtra(Sweeps, OnGradients):
+    """What methods share whose curvature is captured as an extra.
 
     damping: λ over a mean eigenvalue that the method names. Above 0.
     relatif: `l` divides a training row's scores by `√(g_i H⁻¹ g_i)`.
@@ -91,14 +106,6 @@ class OwnCurvature(OnGradients):
         if self.relatif not in (None, "l"):
             raise self._error(f"relatif={self.relatif!r}; use l.")
         self._check_above_0("damping", self.damping)
-
-    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
-        """`[m, n]`."""
-        return self.sweep(query, [self.damping])[self.damping]
-
-    def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
-        """`{damping: [m, n]}`, from what no damping changes."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)

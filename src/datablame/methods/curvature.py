@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from datablame.errors import UserError
 from datablame.methods.base import Sampled, check_finite
-from datablame.methods.blockwise import OwnCurvature, divided
+from datablame.methods.blockwise import ByExtra, divided
 from datablame.methods.gram import gram, product, squares
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GaussNewton(OwnCurvature):
+class GaussNewton(ByExtra):
     """`V (G̃ᵀG̃/N + diag(λ_b))⁻¹ Gᵀ`: influence with the Gauss-Newton matrix, by sampled labels.
 
     G̃ holds N = n S gradients, S of each training row with labels drawn from the model's own prediction: the mean of
@@ -48,8 +48,7 @@ class GaussNewton(OwnCurvature):
         """
         import torch
 
-        for damping in dampings:
-            self._check_above_0("damping", damping)
+        self._check_above_0("damping", *dampings)
         q, a, b, k, gg = self._products(query)
         values, u = torch.linalg.eigh(k)
         values, a, b = values.clamp_min(0), a @ u, b @ u

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from datablame.methods.blockwise import RELATIF, GradientMethod, Total
+from datablame.methods.blockwise import RELATIF, GradientMethod, Sweeps, Total
 from datablame.methods.gram import columns, gram, product, squares, times
 from datablame.methods.spectrum import Form, Spectrum, decompose, dual, is_primal, primal
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Damped(GradientMethod):
+class Damped(Sweeps, GradientMethod):
     """Options of the methods that invert `H = GᵀG/n + λI`.
 
     damping: λ over the mean eigenvalue of GᵀG/n, in each block. Above 0.
@@ -43,14 +43,9 @@ class Damped(GradientMethod):
         self._one_of("relatif", RELATIF)
         self._check_above_0("damping", self.damping)
 
-    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
-        """`[m, n]`."""
-        return self.sweep(query, [self.damping])[self.damping]
-
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` for several dampings, from one factorisation a block."""
-        for damping in dampings:
-            self._check_above_0("damping", damping)
+        self._check_above_0("damping", *dampings)
         totals = {damping: Total(self.aggregate) for damping in dampings}
         empty = []
         for block, g, v in self.pairs(query):
@@ -148,8 +143,7 @@ class Exact(ExactBlock):
 
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` for several dampings, from one factorisation."""
-        for damping in dampings:
-            self._check_above_0("damping", damping)
+        self._check_above_0("damping", *dampings)
         s, unit = self._joint(query)
         out = {}
         for damping in dampings:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from datablame.methods.base import Factored, check_finite
-from datablame.methods.blockwise import OwnCurvature, Total
+from datablame.methods.blockwise import ByExtra, Total
 from datablame.methods.gram import CHUNK, squares
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class KFAC(OwnCurvature):
+class KFAC(ByExtra):
     """`Σ_b V (S/n ⊗ A/T + λI)⁻¹ Gᵀ`: influence with K-FAC, a Kronecker product for each block's Fisher matrix.
 
     A = Σ x xᵀ over T tokens and S = Σ δ δᵀ, x a block's input and δ the gradient of its output (Martens & Grosse 2015,
@@ -39,8 +39,7 @@ class KFAC(OwnCurvature):
 
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` for several dampings, from one pair of eigendecompositions a block."""
-        for damping in dampings:
-            self._check_above_0("damping", damping)
+        self._check_above_0("damping", *dampings)
         totals = {damping: Total("sum") for damping in dampings}
         empty = []
         for block, g, v in self.pairs(query):

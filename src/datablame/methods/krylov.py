@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from datablame.methods.blockwise import OnGradients
+from datablame.methods.blockwise import OnGradients, Sweeps
 from datablame.methods.gram import product, squares
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ CHUNK = 8
 
 
 @dataclass(kw_only=True)
-class OnOperator(OnGradients):
+class OnOperator(Sweeps, OnGradients):
     """What the methods share that solve `(H + λI) r = v` with products of H; a method gives `_solutions`."""
 
     matrix: str = "gauss-newton"
@@ -42,16 +42,11 @@ class OnOperator(OnGradients):
         self.product = train.product
         return super().fit(train.gradients)
 
-    def score(self, query: Blocks) -> Float[Tensor, "m n"]:
-        """`[m, n]`."""
-        return self.sweep(query, [self.damping])[self.damping]
-
     def sweep(self, query: Blocks, dampings: Sequence[float]) -> dict[float, Float[Tensor, "m n"]]:
         """`{damping: [m, n]}` from one space; sets `residual` and `lowest`."""
         import torch
 
-        for damping in dampings:
-            self._check_above_0("damping", damping)
+        self._check_above_0("damping", *dampings)
         sizes, v = [], []
         for _, g, v_b in self.pairs(query):
             sizes.append(g.shape[1])

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datablame.indexing import SILENT
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import Style, Trace, curve, level, panels, share
 from datablame.paper.results import already_there, difference, half, point, read, too_few, write
@@ -64,7 +65,7 @@ def run(request: Request) -> Path:
     tasks, path = wanted.tasks, request.out / experiment(request.name).result
     this: dict[str, Any] = {"model": Path(request.model).name, "scale": request.scale, "seed": request.seed}
     this["seeds"] = None if wanted.seeds is None else list(wanted.seeds)
-    already_there(path, this)  # the same run is summed up again: its cells may have grown
+    already_there(path, this, SILENT)  # the same run is summed up again: its cells may have grown
     bench(
         request.model,
         request.bench,

@@ -10,7 +10,7 @@ from typing import Any
 
 from datablame.environment import environment
 from datablame.errors import UserError
-from datablame.indexing import SILENT, Reporter
+from datablame.indexing import Reporter
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def state(path: Path) -> str:
     return f"run: {', '.join([str(path), *known])}"
 
 
-def already_there(path: Path, run: dict[str, Any], reporter: Reporter = SILENT) -> bool:
+def already_there(path: Path, run: dict[str, Any], reporter: Reporter) -> bool:
     """Whether `path` holds this very `run`, of which the reporter is told.
 
     Raises UserError when it holds another one, which is not overwritten.
