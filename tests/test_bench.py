@@ -298,12 +298,32 @@ def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Pa
     run(model_dir, tmp_path / "b", methods="bm25", scale="cpu", strict=False)  # tables mark it
 
 
+@pytest.mark.parametrize(
+    ("tuned", "base", "n", "few"),
+    [
+        (28, 3, 40, False),  # as many as are asked for
+        (27, 3, 40, False),  # 40 queries cannot tell this from 28
+        (22, 3, 40, True),  # that they can
+        (17, 20, 20, False),  # three fewer than the base model: p is 1/8
+        (15, 20, 20, True),  # five fewer: 1/32
+        (20, 0, 20, False),
+        (0, 2, 2, True),  # fewer than half, whatever so few queries can tell
+        (1, 0, 2, False),
+        (2, 0, 2, False),
+    ],
+)
+def test_a_share_is_too_low_where_the_queries_can_tell(tuned: int, base: int, n: int, few: bool) -> None:
+    shows = lambda k: [j < k for j in range(n)]  # noqa: E731
+    assert cell_module.too_few(shows(tuned), shows(base)) is few
+
+
 def test_what_was_not_learnt_says_why() -> None:
     groups = {"harmful": {"tuned": 0.75, "base": 0.8}, "benign": {"tuned": 0.0, "base": 1.0}}
     learnt = {
         "learnt": False,
         "behaves": {"tuned": 0.4, "base": 0.9},
         "by_group": groups,
+        "missed": ["harmful"],
         "loss": {"tuned": 2.04, "base": 2.5},
     }
     said = bench_module._learnt_line({"main": ["harmful"], "learnt": learnt})

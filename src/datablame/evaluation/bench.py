@@ -363,10 +363,8 @@ def _learnt_line(result: Mapping[str, Any]) -> str:
     )
     if learnt["learnt"]:
         return f"learnt: {text}"
-    asked = {g: max(LEARNT, groups[g]["base"]) for g in result["main"]}
-    why = [
-        f"{groups[g]['tuned']:.0%} of {g}, not {least:.0%}" for g, least in asked.items() if groups[g]["tuned"] < least
-    ]
+    asked = {g: max(LEARNT, groups[g]["base"]) for g in learnt["missed"]}
+    why = [f"{groups[g]['tuned']:.0%} of {g}, not {least:.0%}" for g, least in asked.items()]
     if loss["tuned"] >= LOSS_LEFT * loss["base"]:
         why.append(f"{loss['tuned'] / loss['base']:.0%} of the base model's loss, not below {LOSS_LEFT:.0%}")
     return f"behaviour not learnt ({'; '.join(why)}): {text}"

@@ -309,14 +309,31 @@ def _learnt(task: Task, said: Mapping[str, Sequence[str]], reference: FeatureSto
         who: float(np.mean([e.response.strip() == a.strip() for e, a in zip(task.queries, said[who], strict=True)]))
         for who in said
     }
-    by_group = {
-        g: {who: float(np.mean([s for s, h in zip(shows[who], task.groups, strict=True) if h == g])) for who in shows}
+    of = {
+        g: {who: [s for s, h in zip(shows[who], task.groups, strict=True) if h == g] for who in shows}
         for g in dict.fromkeys(task.groups)
     }
-    learnt = loss["tuned"] < LOSS_LEFT * loss["base"] and all(
-        by_group[g]["tuned"] >= max(LEARNT, by_group[g]["base"]) for g in task.main
-    )
-    return {"learnt": bool(learnt), "behaves": behaves, "by_group": by_group, "exact": exact, "loss": loss}
+    by_group = {g: {who: float(np.mean(found)) for who, found in both.items()} for g, both in of.items()}
+    missed = [g for g in task.main if too_few(of[g]["tuned"], of[g]["base"])]
+    learnt = loss["tuned"] < LOSS_LEFT * loss["base"] and not missed
+    found = {"behaves": behaves, "by_group": by_group, "missed": missed, "exact": exact, "loss": loss}
+    return {"learnt": bool(learnt), **found}
+
+
+def too_few(tuned: Sequence[bool], base: Sequence[bool]) -> bool:
+    """Of a group's answers, with the adapter and without: do too few of the former show the behaviour?
+
+    They do where fewer than half show it, or where these queries reject, one-sided at 5 %, that a share of LEARNT does
+    (binomial), or that no fewer do than of the base model's (the sign test, query by query). A share just below LEARNT
+    of forty queries is no evidence that it was not reached.
+    """
+    from scipy.stats import binomtest
+
+    n, right = len(tuned), sum(tuned)
+    lost = sum(b and not t for t, b in zip(tuned, base, strict=True))
+    won = sum(t and not b for t, b in zip(tuned, base, strict=True))
+    rejects = lambda k, n, p: n > 0 and binomtest(k, n, p, alternative="less").pvalue < 0.05  # noqa: E731
+    return bool(2 * right < n or rejects(right, n, LEARNT) or rejects(won, won + lost, 0.5))
 
 
 def token_loss(store: FeatureStore) -> dict[str, float]:
@@ -327,6 +344,7 @@ def token_loss(store: FeatureStore) -> dict[str, float]:
 
 
 LEARNT = 0.7
-"""Share of the queries of each main group to be answered as their class asks, and not fewer than by the base model."""
+"""Share of the queries of each main group to be answered as their class asks, and not fewer than by the base model:
+see `too_few`."""
 LOSS_LEFT = 0.8
 """Share of the base model's loss on the reference responses that it must come below."""
