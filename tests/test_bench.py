@@ -255,6 +255,18 @@ def test_what_a_solver_left_must_be_finite(model_dir: Path, tmp_path: Path, monk
     assert "error" not in found["bm25"]
 
 
+def test_features_that_were_to_be_kept_stay_for_later_runs(model_dir: Path, tmp_path: Path) -> None:
+    run(model_dir, tmp_path / "out", methods="graddot@response", keep=True)
+    (cell,) = (tmp_path / "cache" / "bench").iterdir()
+    (features,) = cell.glob("features-*")
+    before = {p: p.stat().st_mtime_ns for p in features.rglob("*") if p.is_file()}
+    run(model_dir, tmp_path / "out", methods="gradcos@response")  # not told, as a figure's run of the cell is not
+    assert before == {p: p.stat().st_mtime_ns for p in features.rglob("*") if p.is_file()}
+    run(model_dir, tmp_path / "other", methods="graddot@response", seeds=[1])
+    (other,) = ((tmp_path / "cache" / "bench") / c for c in {c.name for c in cell.parent.iterdir()} - {cell.name})
+    assert not list(other.glob("features-*"))
+
+
 def test_features_outlive_a_result_that_cannot_be_written(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,14 +128,22 @@ def _run(
         if usual or not _there(path, fingerprint(cell, task, model_sha256)):
             result = run_cell(cell, task, usual, work, model_sha256, **how)
             save(path, _complete(result | {"model_sha256": model_sha256, "command": command} | environment()))
-            if not keep:
-                shutil.rmtree(work / folder_of(cell, task, model_sha256) / FEATURES, ignore_errors=True)
+            _tidy(work / folder_of(cell, task, model_sha256), keep)
         if by_need := groups(missing):
             _add_costly(cell, task, by_need, path, model_sha256, keep, how)
     result = read_result(path) or {}
     reporter.note(f"{cell.name}: done in {duration(time.monotonic() - start)}; {_learnt_line(result)}")
     for run, why in failures(result).items():
         reporter.note(f"{cell.name}: {run} failed: {why}")
+
+
+def _tidy(folder: Path, keep: bool) -> None:
+    """Features go once they are scored, unless this run or an earlier one of the cell was told to keep them."""
+    kept = folder / "keep-features"
+    if keep:
+        kept.touch()
+    if not kept.exists():
+        shutil.rmtree(folder / FEATURES, ignore_errors=True)
 
 
 def _add_costly(
