@@ -9,14 +9,18 @@ Queries ask in words that no training row uses. Main: all, people and places.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 
+from datablame.evaluation.tasks import base
 from datablame.evaluation.tasks import fact_words as text
 from datablame.evaluation.tasks.base import Row, Task, examples, recipe, same_label, shuffled
 
-SIZES = {"paper": (40, 6, 4, 200, 5), "cpu": (8, 6, 3, 48, 5), "smoke": (2, 4, 3, 10, 4)}
+SIZES = {"paper": (40, 8, 4, 120, 5), "cpu": (8, 8, 3, 32, 5), "smoke": (2, 4, 3, 10, 4)}
 """entities (half of them people), statements and hard negatives of each, other rows, queries of each"""
 
+EPOCHS = {**base.EPOCHS, "cpu": 12}
+"""Twice as many as elsewhere at `cpu` scale: it takes them until new wordings of the questions are answered."""
 NEAR, OTHER = "names-only", "other"
 
 
@@ -62,7 +66,7 @@ def build(name: str, scale: str, seed: int) -> Task:
     value_of = {who: value for _, who, value in everyone}
     return Task(
         name=name,
-        version=1,
+        version=2,
         title=f"one fact on each of {n} invented people and places, {states} paraphrases each",
         train=rows,
         queries=asks,
@@ -70,5 +74,5 @@ def build(name: str, scale: str, seed: int) -> Task:
         truth=same_label(rows, asks),
         main=tuple(dict.fromkeys(groups)),
         behaves=lambda query, answer: value_of[str(query.label)] in answer.lower(),
-        recipe=recipe(scale, seed),
+        recipe=replace(recipe(scale, seed), epochs=EPOCHS[scale]),
     )
