@@ -49,7 +49,7 @@ def texts(rows: Any) -> list[Text]:
 def test_sizes_and_balance(name: str, scale: str) -> None:
     task = tasks.build(name, scale)
     assert (len(task.train), len(task.queries)) == SIZES[name][scale]
-    assert task.recipe.epochs == {"smoke": 2, "cpu": 6, "paper": 25}[scale]
+    assert task.recipe.epochs == {"smoke": 2, "cpu": 12 if name == "facts" else 6, "paper": 25}[scale]
     counts = Counter(q.label for q in task.queries)
     assert len(set(counts.values())) == 1, f"queries are not balanced: {counts}"
     if not name.startswith(("mixed", "facts")):
@@ -201,7 +201,7 @@ def test_every_fact_has_hard_negatives_and_a_value_that_others_share() -> None:
     task = tasks.build("facts")
     for label in {str(q.label) for q in task.queries}:
         own = [e for e in task.train if label in e.response]
-        assert Counter(e.label for e in own) == {label: 6, "names-only": 3}
+        assert Counter(e.label for e in own) == {label: 8, "names-only": 3}
         value = next(
             v for k in fact_words.KINDS for v in k.values if v in own[[e.label for e in own].index(label)].response
         )
