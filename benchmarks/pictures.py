@@ -43,6 +43,7 @@ PICTURES = {
     "figure4": Picture("figure4"),
     "figure5": Picture("figure5"),
     "figure6": Picture("figure6"),
+    "figure6-kl": Picture("figure6", "KL from the original"),
     "figure7": Picture("figure7", "SGD, first layer random, log-spaced"),
     "figure7-correlations": Picture("figure7", "correlations"),
     "figure8": Picture("figure8"),
