@@ -84,8 +84,10 @@ class TaskResults:
 
     @property
     def heading(self) -> str:
-        """The task's name, and whether its numbers mean anything."""
-        return self.task if self.learnt else f"{self.task} (behaviour not learnt)"
+        """The task's name, and whether its numbers mean anything: under which seeds they do not."""
+        missed = [str(r["seed"]) for r in self.results if not r["learnt"]["learnt"]]
+        which = f": seed {', '.join(missed)}" if len(missed) < len(self.results) else ""
+        return f"{self.task} (behaviour not learnt{which})" if missed else self.task
 
     def of_seeds(self, seeds: Sequence[int] | None) -> TaskResults:
         """Those that were asked for, where the directory has others, too; None: all that are there.

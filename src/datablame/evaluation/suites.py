@@ -140,6 +140,8 @@ REPSIM_LADDER = (
 )
 HEADLINE = (
     ("gradient similarity, as released", "graddot@padded"),
+    ("DataInf, as released", "datainf:damping=0.1@padded"),
+    ("LiSSA, as released", "lissa:protocol=paper,steps=10,damping=0.1@padded"),
     ("cosine, on the loss as released", "gradcos@padded"),
     ("dot product, padding out of the loss", "graddot@all"),
     ("prompt out of the loss too", "graddot@response"),

@@ -211,19 +211,22 @@ def behaving_rows(results: TaskResults) -> Rows | None:
     return [["run", *heads], *rows, ["chance", *chance]]
 
 
-def paper_rows(name: str, found: Mapping[str, TaskResults]) -> Rows:
+def paper_rows(name: str, found: Mapping[str, TaskResults], told: Sequence[tuple[str, str]] | None = None) -> Rows:
     """Table 2, 3 or 4: top-1 accuracy / coverage in percent, both protocols, the paper's numbers where they survive.
 
-    A task has a column for its main queries, and one for another group of them, see GROUPS.
+    A task has a column for its main queries, and one for another group of them, see GROUPS. told: `(name, run)` of the
+    rows; None: every run.
     """
     there = {t: found[t] for t in PAPER_TABLES[name][1] if t in found}
     if not there:
         return [["not run yet"]]
+    every = dict.fromkeys(run for results in there.values() for run in results.runs)
+    names = {run: f"`{run}`" for run in every} if told is None else {run: f"{name} `{run}`" for name, run in told}
     groups = {t: ["main", *(g for g in GROUPS.get(name, {}) if g in r.groups())] for t, r in there.items()}
     columns = {f"{task} {group}": (there[task], group) for task, some in groups.items() for group in some}
     tests: dict[tuple[str, str, str], Tested] = {}
     for column, (results, group) in columns.items():
-        asked = against([results], pairs(results.runs, results.runs), "accuracy", group=group)
+        asked = against([results], pairs(names, results.runs), "accuracy", group=group)
         tests |= _by_column(column, asked)
     tests = corrected(tests)
     printed = PAPER_NUMBERS.get(name, {})
@@ -232,9 +235,9 @@ def paper_rows(name: str, found: Mapping[str, TaskResults]) -> Rows:
     for head, *cells in sides(there):
         of = dict(zip(there, cells, strict=True))  # of the task, in its first column
         rows.append([head, *(of[r.task] if group == "main" else "" for r, group in columns.values()), *empty])
-    for run in dict.fromkeys(run for results in there.values() for run in results.runs):
+    for run, shown in names.items():
         cells = [_percent(*of, run) + marks(tests, column, run) for column, of in columns.items()]
-        rows.append([f"`{run}`", *cells, *(printed.get(run, {}).get(t, "") for t in there if printed)])
+        rows.append([shown, *cells, *(printed.get(run, {}).get(t, "") for t in there if printed)])
     rows.append(["chance", *(_percent(*of, None) for of in columns.values()), *empty])
     heads = [r.heading if g == "main" else f"{r.task}: {GROUPS[name][g]}" for r, g in columns.values()]
     return [["run", *heads, *(f"paper: {t}" for t in there if printed)], *rows]
@@ -285,7 +288,10 @@ def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc", ladders
 
 
 def headline_rows(
-    found: Mapping[str, TaskResults], metric: str = "auroc", told: Sequence[tuple[str, str]] = HEADLINE
+    found: Mapping[str, TaskResults],
+    metric: str = "auroc",
+    told: Sequence[tuple[str, str]] = HEADLINE,
+    kind: str = "reference",
 ) -> Rows:
     """Some rungs, `(name, run)`, a family of tasks a column: the mean over its tasks that have been run.
 
@@ -300,14 +306,14 @@ def headline_rows(
     rungs = [run for _, run in told]
     tests: dict[tuple[str, str, str], Tested] = {}
     for family, tasks in families.items():
-        tests |= _by_column(family, against(tasks, pairs(rungs, everywhere[family]), metric))
+        tests |= _by_column(family, against(tasks, pairs(rungs, everywhere[family]), metric, kind))
     tests = corrected(tests)
 
     def cell(family: str, run: str) -> str:
         if run not in everywhere[family]:
             return "–"
-        i = interval_of_tasks([t.values(run, metric) for t in families[family]])
-        return with_interval(i, fixed=any(t.fixed(run) for t in families[family])) + marks(tests, family, run)
+        i = interval_of_tasks([t.values(run, metric, kind) for t in families[family]])
+        return with_interval(i, fixed=any(t.fixed(run, kind) for t in families[family])) + marks(tests, family, run)
 
     rows = [["the label shows on", *("; ".join(f"{t.task}: {shows(t)}" for t in ts) for ts in families.values())]]
     rows += [[f"{name} `{run}`", *(cell(f, run) for f in families)] for name, run in told]
