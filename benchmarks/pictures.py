@@ -1,6 +1,6 @@
 """Pictures of committed results for the documentation: `python benchmarks/pictures.py [NAME …]`.
 
-Each is a view of the page that `datablame paper show` writes, as a PNG in docs/. Needs what the project does not:
+Each is a view of the page that `datablame paper show` writes, or the benchmark's ladder, as a PNG in docs/. Needs what the project does not:
 `pip install "kaleido>=1"`, and Chrome or Chromium. A PNG holds the digest of what it shows, so that a test can tell
 one that is behind its numbers.
 """
@@ -15,6 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datablame.evaluation import figures
+from datablame.evaluation.results import load_results
 from datablame.paper import experiment, module
 from datablame.paper.commands import SHOWN_FROM_CELLS
 from datablame.paper.panels import COLOURS
@@ -33,7 +35,10 @@ class Picture(NamedTuple):
     view: str | None = None
 
 
+LADDER = "ladder"
+"""No experiment of the paper: the benchmark's picture from the paper's protocol to the sound one."""
 PICTURES = {
+    "ladder": Picture(LADDER),
     "table1": Picture("table1"),
     "table5": Picture("table5"),
     "table6": Picture("table6"),
@@ -60,6 +65,8 @@ STYLE = {
 
 def view_of(picture: Picture) -> dict[str, Any] | None:
     """Plotly's data and layout; None where the experiment has not been run. Raises KeyError for an unknown view."""
+    if picture.name == LADDER:
+        return json.loads(figures.ladder(load_results(BENCH, "smollm2-135m", "cpu", "sound")).to_json())
     if not (PAPER / experiment(picture.name).result).exists():
         return None
     of_cells = experiment(picture.name).module == SHOWN_FROM_CELLS

@@ -18,7 +18,7 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
-from datablame.evaluation.suites import DAMPING, EXACTNESS, MATRICES, OPENING, RETRAINED
+from datablame.evaluation.suites import DAMPING, EXACTNESS, MATRICES, OPENING, RETRAINED, WHICH_SIDE
 from datablame.paper import experiment, module
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
@@ -243,6 +243,7 @@ BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
     "answered": lambda found: bench_tables.markdown(bench_tables.headline_rows(found, told=OPENING, kind="generated")),
     "exactness": lambda found: bench_tables.markdown(bench_tables.headline_rows(found, told=EXACTNESS)),
     "exactness_top1": lambda found: bench_tables.markdown(bench_tables.headline_rows(found, "accuracy", EXACTNESS)),
+    "which_side": lambda found: bench_tables.markdown(bench_tables.ladder_rows(found, "accuracy", WHICH_SIDE)),
     "ladder": lambda found: bench_tables.markdown(bench_tables.ladder_rows(found)),
     **{
         n: lambda found, n=n: bench_tables.markdown(bench_tables.paper_rows(n, found, OPENING))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from datablame.evaluation.results import TaskResults, rebuilt
-from datablame.evaluation.suites import FIGURE, LADDER, REPSIM_LADDER
+from datablame.evaluation.suites import FAMILIES, FIGURE, LADDER, REPSIM_LADDER
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -25,43 +26,63 @@ COLOURS = (
 
 
 def ladder(found: Mapping[str, TaskResults], metric: str = "auroc") -> go.Figure:
-    """A line a task over the steps of both ladders: mean, 95 % interval, and every seed as a point.
+    """The steps of both ladders: a kind of task a row of panels, a task a line: mean, 95 % interval, seeds as points.
 
     Tasks stand beside each other within a step, so that intervals and seeds do not hide behind each other.
     """
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    titles = ["gradients", "hidden states and controls"]
-    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=titles)
-    for column, steps in ((1, LADDER), (2, REPSIM_LADDER)):
-        for k, (task, results) in enumerate(found.items()):
-            there = [i for i, (_, run) in enumerate(steps) if run in results.runs]
-            beside = 0.6 * ((k + 0.5) / len(found) - 0.5)
-            means = [results.interval(steps[i][1], metric) for i in there]
-            bars = {
-                "array": [m.high - m.value for m in means],
-                "arrayminus": [m.value - m.low for m in means],
-                "thickness": 1,
-            }
-            colour = COLOURS[k % len(COLOURS)]
-            line = go.Scatter(
-                x=[i + beside for i in there], y=[m.value for m in means], error_y=bars, name=task,
-                text=[steps[i][0] for i in there], hovertemplate="%{text}: %{y:.2f}", mode="lines+markers",
-                line={"color": colour, "width": 1}, marker={"color": colour}, showlegend=column == 1, legendgroup=task,
-            )  # fmt: skip
-            points = [(i + beside, s) for i in there for s in results.seeds(steps[i][1], metric)]
-            circle = {"color": colour, "size": 8, "symbol": "circle-open"}
-            seeds = go.Scatter(
-                x=[p[0] for p in points], y=[p[1] for p in points], name=f"{task}, seeds", mode="markers",
-                showlegend=False, hoverinfo="skip", marker=circle, legendgroup=task,
-            )  # fmt: skip
-            figure.add_traces([line, seeds], rows=1, cols=column)
-        names = [_broken(name) for name, _ in steps]
-        figure.update_xaxes(tickvals=list(range(len(steps))), ticktext=names, tickangle=45, row=1, col=column)
+    kinds = {kind: [t for t in tasks if t in found] for kind, tasks in FAMILIES.items()}
+    kinds["other"] = [t for t in found if not any(t in tasks for tasks in kinds.values())]
+    kinds = {kind: tasks for kind, tasks in kinds.items() if tasks}
+    figure = make_subplots(
+        rows=len(kinds), cols=2, shared_yaxes=True, shared_xaxes="columns", row_titles=list(kinds),
+        column_titles=["gradients", "hidden states and controls"], vertical_spacing=0.03, horizontal_spacing=0.04,
+    )  # fmt: skip
+    colours = dict(zip(found, itertools.cycle(COLOURS), strict=False))
+    for row, tasks in enumerate(kinds.values(), 1):
+        for column, steps in ((1, LADDER), (2, REPSIM_LADDER)):
+            for k, task in enumerate(tasks):
+                beside = 0.6 * ((k + 0.5) / len(tasks) - 0.5)
+                line, seeds = _line(found[task], steps, metric, beside, colours[task])
+                line.showlegend = column == 1
+                figure.add_traces([line, seeds], rows=row, cols=column)
+            names = [_broken(name) for name, _ in steps]
+            figure.update_xaxes(
+                tickvals=list(range(len(steps))), ticktext=names, tickangle=45, row=len(kinds), col=column
+            )
+        figure.update_yaxes(title=metric.upper(), row=row, col=1)
+    figure.update_yaxes(range=[0.25, 1.03])
     figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888888", "width": 1})
-    figure.update_layout(template="plotly_white", height=620, yaxis={"title": metric.upper(), "range": [0, 1.02]})
+    figure.update_layout(template="plotly_white", height=240 + 160 * len(kinds))
     return figure
+
+
+def _line(
+    results: TaskResults, steps: Sequence[tuple[str, str]], metric: str, beside: float, colour: str
+) -> tuple[go.Scatter, go.Scatter]:
+    """One task over the steps of a ladder that it has, and its seeds. beside: how far right of each step."""
+    import plotly.graph_objects as go
+
+    there = [i for i, (_, run) in enumerate(steps) if run in results.runs]
+    means = [results.interval(steps[i][1], metric) for i in there]
+    bars = {
+        "array": [m.high - m.value for m in means],
+        "arrayminus": [m.value - m.low for m in means],
+        "thickness": 1,
+    }
+    line = go.Scatter(
+        x=[i + beside for i in there], y=[m.value for m in means], error_y=bars, name=results.heading,
+        text=[steps[i][0] for i in there], hovertemplate="%{text}: %{y:.2f}", mode="lines+markers",
+        line={"color": colour, "width": 1}, marker={"color": colour}, legendgroup=results.task,
+    )  # fmt: skip
+    points = [(i + beside, s) for i in there for s in results.seeds(steps[i][1], metric)]
+    seeds = go.Scatter(
+        x=[p[0] for p in points], y=[p[1] for p in points], name=f"{results.task}, seeds", mode="markers",
+        showlegend=False, hoverinfo="skip", legendgroup=results.task,
+        marker={"color": colour, "size": 8, "symbol": "circle-open"},
+    )  # fmt: skip
+    return line, seeds
 
 
 def _broken(name: str, width: int = 24) -> str:

@@ -34,6 +34,7 @@ PAPER = (
 and with one as large as the curvature is where there is any, the cosine, gradients in Adam's scale, and their norm."""
 
 SIDES = ("response", "prompt", "all")
+SIDES_TOLD = (("prompt", "of the prompt"), ("all", "of both"), ("response", "of the response"))
 BY_SIDE = (
     "graddot",
     "gradcos",
@@ -244,6 +245,15 @@ DAMPING = {
     for view, words in (("all", "prompt and response"), ("response", "response alone"))
 }
 """What the unit of damping does, beside a cosine."""
+WHICH_SIDE = {
+    name: tuple((words, f"{method}{of}{side}") for side, words in sides)
+    for name, method, of, sides in (
+        ("gradients, dot product", "graddot", "@", SIDES_TOLD),
+        ("gradients, cosine, centred", "gradcos:over=row,center=1", "@", SIDES_TOLD),
+        ("words", "bm25", ":text=", (("prompt", "of the prompt"), ("response", "of the response"))),
+    )
+}
+"""The same method on either side."""
 FAMILIES = {
     "harmful data": ("mixed-small", "mixed-large", "mixed-hard"),
     "class": ("harmfulcheck", "grammars", "mathqa"),
