@@ -139,6 +139,8 @@ def _value(runs: dict[str, Any], run: str, metric: str = "accuracy") -> str:
         return "–" if run else ""
     if "interval95" not in x:
         return f"{x['value']:.2g}"
+    if x["interval95"] is None:
+        return f"{x['value']:.2f} {bench_tables.SAME}"
     return f"{x['value']:.2f} ({x['interval95'][0]:.2f} to {x['interval95'][1]:.2f})"
 
 

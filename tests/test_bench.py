@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
 from datablame.evaluation import finetunes, scoring, tasks
-from datablame.evaluation.bench import result_path
 from datablame.evaluation.cell import FEATURES, Cell
 from datablame.evaluation.leak import hidden_leak
+from datablame.evaluation.result_files import result_path
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import HEADINGS
 from datablame.models import ModelSpec, load
 from datablame.report.bench import write_bench
+from datablame.store import DiskError
 
 __all__ = ["one_task"]  # a fixture that every test here uses
 
@@ -294,6 +296,67 @@ def test_a_result_of_another_users_files_is_not_overwritten(tmp_path: Path) -> N
     with pytest.raises(UserError, match="a result of other rows. Give another --out"):
         bench_module._check_files(cell, path, "of another file")
     bench_module._check_files(Cell("m", "mixed-small", "smoke", 0), path, "ours, which has changed")
+
+
+def test_a_cell_that_fails_takes_no_other_with_it(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench_module.run_cell
+
+    def diverges(cell: Cell, *args: Any, **how: Any) -> dict[str, Any]:
+        if cell.seed == 0:
+            raise UserError("the loss is not finite at step 3")
+        return whole(cell, *args, **how)
+
+    monkeypatch.setattr(bench_module, "run_cell", diverges)
+    with pytest.raises(UserError, match="tried again by the same command:\ntiny-sound-s0: the loss is not finite"):
+        run(model_dir, tmp_path / "out", methods="bm25", seeds=[0, 1])
+    assert [p.stem for p in (tmp_path / "out").rglob("*.json")] == ["tiny-sound-s1"]
+
+    def full(*args: Any, **how: Any) -> None:
+        tried.append(args[0])
+        raise DiskError("no space")
+
+    tried: list[Cell] = []
+    monkeypatch.setattr(bench_module, "run_cell", full)
+    with pytest.raises(DiskError, match="no space"):  # the next cell would meet it as well
+        run(model_dir, tmp_path / "other", methods="bm25", seeds=[0, 1])
+    assert len(tried) == 1
+
+
+def test_every_command_that_made_runs_of_a_cell_is_kept(model_dir: Path, tmp_path: Path) -> None:
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25,length")
+    first = json.loads(path.read_text())["command"]
+    assert first.endswith("--methods bm25,length")
+    run(model_dir, tmp_path / "out", methods="bm25")  # has nothing to do
+    assert json.loads(path.read_text())["command"] == first
+    run(model_dir, tmp_path / "out", methods="bm25,length,random", suite="sound")
+    run(model_dir, tmp_path / "out", methods="bm25,length,random", suite="sound")
+    more = first.replace("bm25,length", "bm25,length,random").replace(" --methods", " --suite sound --methods")
+    assert json.loads(path.read_text())["command"] == f"{first} && {more}"
+
+
+def test_the_share_of_one_ranking_is_kept_for_groups_of_one_class() -> None:
+    task = tiny()
+    task = replace(task, groups=["a", "a", "b", "b"], main=("a",))
+    labels = [e.label for e in task.queries]
+    assert labels == ["no", "yes", "no", "yes"]
+    alike = replace(task, groups=["a", "b", "a", "b"])
+    values = np.array([[3.0, 2, 1, 0, 4, 5], [0, 1, 2, 3, 4, 5], [3, 2, 1, 0, 4, 5], [5, 0, 1, 4, 2, 3]])
+    assert scoring._shares(task, values) == {}  # two classes in each group
+    shares = scoring._shares(alike, values)
+    assert shares["main"] == shares["a"] == 1.0
+    assert shares["b"] is not None
+    assert shares["b"] < 1
+    assert scoring.measured(alike, "x", scoring.Scored(values, "", 0.0))["shares"] == shares
+    assert "shares" not in scoring.measured(task, "x", scoring.Scored(values, "", 0.0))
+
+
+def test_kept_matrices_are_the_scores_to_the_last_digit(tmp_path: Path) -> None:
+    """In float32 a large score would become infinite, and its linear datamodeling score a silent 0."""
+    values = np.array([[1e39, 1 / 3], [-1e-60, 2.0]])
+    scoring.keep_matrices(tmp_path / "scores.npz", {"a": scoring.Scored(values, "", 0.0)})
+    assert np.array_equal(scoring.read_matrices(tmp_path / "scores.npz")["a"], values)
 
 
 def test_a_padded_view_that_is_not_finite_is_told(model_dir: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from bench_cases import tiny
 from datablame.errors import UserError
 from datablame.evaluation import results as results_module
 from datablame.evaluation import tasks, truth
-from datablame.evaluation.bench import lacking, read_result, save, to_json
 from datablame.evaluation.cell import Cell, fingerprint
+from datablame.evaluation.result_files import lacking, read_result, save, to_json
 from datablame.evaluation.results import TaskResults, is_old, load_results
 from datablame.evaluation.suites import FIGURE, LADDER, REPSIM_LADDER
 from datablame.evaluation.truth import read_truth
@@ -270,7 +270,7 @@ def test_the_opening_has_both_truths_of_what_was_learnt(
 ) -> None:
     monkeypatch.setattr(truth, "today", lambda result: None)
     ours = [made(task, s) | {"model": "smollm2-135m"} for task in ("mixed-small", "grammars") for s in (0, 1)]
-    bad = made("mathqa", 0) | {"model": "smollm2-135m", "learnt": {"learnt": False}}
+    bad = made("mathqa", 0) | {"model": "smollm2-135m", "learnt": {"learnt": False}}  # no seed has learnt it
     folder = write(tmp_path / "bench", *ours, bad) / "smollm2-135m" / "cpu"
     assert table(script, "opening") == "<!-- table: opening -->\n*Not run yet.*\n<!-- end -->"
     near = lambda v: {"value": v, "without": [v - 0.01, v + 0.01] * 8}  # noqa: E731

@@ -17,9 +17,9 @@ from datablame.encoding import Encoding, encode_rows
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation import forecast, retraining, truth
-from datablame.evaluation.bench import lacking, read_result, to_json
 from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
 from datablame.evaluation.finetunes import base_sha256
+from datablame.evaluation.result_files import lacking, of_these, read_result, to_json
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import LADDER, PAPER, REPSIM_LADDER, SOUND, runs, split
 from datablame.models import ModelSpec, load
@@ -163,13 +163,13 @@ def test_fingerprints_and_damaged_results(tmp_path: Path) -> None:
     # On one set of responses only is not enough, nor are features captured with other options than today's.
     wanted = ["bm25", "length", "kfac@response", "ekfac@response"]
     assert lacking(path, "f", wanted) == ["length", "kfac@response"]
-    assert bench_module._there(path, "f")
+    assert of_these(path, "f")
     assert lacking(path, "other", ["bm25"]) == ["bm25"]
     path.write_text(
         json.dumps({"version": 1, "fingerprint": "f", "results": results})
     )  # the answers' numbers are wrong
     assert lacking(path, "f", ["bm25", "length"]) == ["bm25", "length"]
-    assert not bench_module._there(path, "f")  # the usual features are captured again, whichever runs are wanted
+    assert not of_these(path, "f")  # the usual features are captured again, whichever runs are wanted
 
 
 def test_results_are_json_with_a_line_a_run() -> None:

@@ -21,6 +21,7 @@ from datablame.evaluation import bench as bench_module
 from datablame.evaluation import cell as cell_module
 from datablame.evaluation import costly, finetunes, forecast, metrics
 from datablame.evaluation.cell import Cell
+from datablame.evaluation.result_files import failures, result_path
 from datablame.evaluation.results import load_results
 from datablame.evaluation.scoring import read_matrices
 from datablame.evaluation.suites import BEYOND, COSTLY, Beyond, beyond, runs
@@ -248,7 +249,7 @@ def test_an_interrupted_capture_goes_on(model_dir: Path, tmp_path: Path, monkeyp
         m.setattr(costly, "fill", broken)
         with pytest.raises(KeyboardInterrupt):
             run(model_dir, tmp_path / "resumed", methods=wanted)
-    path = bench_module.result_path(tmp_path / "resumed", Cell(str(model_dir), "tiny", "smoke", 0))
+    path = result_path(tmp_path / "resumed", Cell(str(model_dir), "tiny", "smoke", 0))
     assert set(json.loads(path.read_text())["results"]["reference"]) == {"bm25", "kfac@response"}
     assert (cell / "sampled-draws-4-3" / "train" / "shard-00000.safetensors").exists()
     notes: list[str] = []
@@ -288,6 +289,9 @@ def test_features_that_cannot_be_captured_fail_alone(
     results = load_results(tmp_path / "out", str(model_dir), "smoke")["tiny"]
     assert results.costly == ["rept@response"]
     assert set(results.failed) == {"daunce@response", "daunce:correlation=true@response", "cg:steps=21@response"}
+    found = json.loads(path.read_text())
+    assert set(failures(found)) == {"daunce@response", "daunce:correlation=true@response"}
+    assert failures(found, limit=True) == {"cg:steps=21@response": limits}
     tried: list[str] = []  # what failed is tried again, and a limit is no failure
     monkeypatch.setattr(
         bench_module,

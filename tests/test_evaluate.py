@@ -172,6 +172,29 @@ def test_long_tables_need_every_pair_once(tmp_path: Path) -> None:
             read_scores(tmp_path / f"{name}.parquet", 3, 7)
 
 
+def test_long_tables_in_another_order_are_an_error(tmp_path: Path) -> None:
+    """Labels would go to other rows, and every number would be wrong."""
+    table = traced("m").to_pandas()
+    turned = table.sort_values("train", ascending=False, kind="stable")  # every training row with all of its queries
+    turned.to_parquet(tmp_path / "turned.parquet")
+    np.testing.assert_array_equal(read_scores(tmp_path / "turned.parquet", 3, 7), SCORES)
+    bad = [
+        (table.sort_values(["query", "rank"], ascending=[False, True]), r"lines of query 'z2' have train \S+ before"),
+        (table.sort_values("rank", kind="stable"), r"lines of query 'z\d' have train \S+ before"),
+        (turned.sort_values(["train", "score"], ascending=False), r"lines of train \S+ have query 'z\d' before 'z\d'"),
+        (
+            pd.concat([table[:14], table[14:].iloc[[0, 1, 2, 4, 3, 5, 6]]]),
+            "query 'z1' have train 96 before 97, earlier",
+        ),
+    ]
+    for lines, message in bad:
+        lines.to_parquet(tmp_path / "s.parquet")
+        lines.to_csv(tmp_path / "s.csv", index=False)
+        for name in ("s.parquet", "s.csv"):
+            with pytest.raises(UserError, match=message.replace("96", "'?96'?").replace("97", "'?97'?")):
+                read_scores(tmp_path / name, 3, 7)
+
+
 CSV = csv_lines(SCORES)
 
 

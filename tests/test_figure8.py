@@ -16,7 +16,7 @@ from bench_cases import one_task, tiny
 from conftest import make_model, make_tokenizer
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
-from datablame.evaluation import tasks
+from datablame.evaluation import result_files, tasks
 from datablame.evaluation.bench import bench
 from datablame.evaluation.cell import Cell, fingerprint
 from datablame.evaluation.intervals import flip_test, interval
@@ -107,14 +107,14 @@ def test_a_cell_of_some_layers_lies_beside_and_is_in_no_table(deep: Path, tmp_pa
 
 def test_from_cells_to_a_page(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "build", lambda *a, **k: tiny())
-    real = bench_module.read_result
+    real = result_files.read_result
 
     def learnt(path: Path) -> dict[str, Any] | None:
         """As if all but the last place were learnt: the tiny model learns nothing."""
         result = real(path)
         return result and result | {"learnt": result["learnt"] | {"learnt": "2.3.4.5" not in path.name}}
 
-    monkeypatch.setattr(bench_module, "read_result", learnt)
+    monkeypatch.setattr(result_files, "read_result", learnt)
     last = ("place", "2–5", [2, 3, 4, 5])  # smoke has the first four alone
     monkeypatch.setattr(figure8, "choices", lambda *a: [*choices(*a), last])
     asked = request(deep, tmp_path)

@@ -147,6 +147,8 @@ def test_a_missing_prompt_state_is_an_error() -> None:
     states["4.prompt.last"][1] = 0
     with pytest.raises(UserError, match=r"row 1 has no hidden state for the prompt"):
         parse("repsim:layer=last,text=prompt").fit(states)
+    with pytest.raises(UserError, match=r"^repsim-base: row 1 has no .*Use repsim-base:text=response"):
+        parse("repsim-base:layer=last,text=prompt").fit(states)
 
 
 def test_bm25_equals_the_formula() -> None:

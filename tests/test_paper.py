@@ -248,7 +248,7 @@ def test_end_to_end(run: Run, small: list[linear.Plan], digits_folder: Path, tmp
     assert len(small) == 1
     assert [(s.points, s.side) for s in small[0].settings] == [(10, 32), (20, 32)]
     code, _, err = run("run", "table5", "--mnist", digits_folder, "--seed", 4, *to)
-    assert (code, "holds another run (its seed differs)" in err) == (2, True)
+    assert (code, "holds another run (not the same seed)" in err) == (2, True)
     record = json.loads((tmp_path / "o" / "table5.json").read_text(), parse_constant=pytest.fail)
     assert record["command"].startswith("datablame paper run table5")
     assert record["run"]["protocol"]["subsets"] == [3, 4, 5, 6, 7]
@@ -352,6 +352,11 @@ def test_rows_of_the_tasks(run: Run, tmp_path: Path, name: str) -> None:
     code, out, err = run("show", name, "--out", tmp_path)
     assert code == 0, err
     result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["run"]["versions"].keys() == {task["task"] for task in result["tasks"]}
+    assert "holds this run already" in " ".join(run("run", name, "--out", tmp_path)[2].split())
+    code, _, err = run("run", name, "--seed", 1, "--out", tmp_path)
+    assert (code, "holds another run (not the same seed)" in err) == (2, True)
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == result
     for task in result["tasks"]:
         assert len({label for label, _, _ in task["shown"]}) == len(task["shown"]) > 1
         assert task["task"] in out
@@ -399,6 +404,13 @@ def test_tables_and_figures_are_drawn_from_the_cells(
     where = ("--out", tmp_path, *(("--cells", elsewhere) if elsewhere else ()))
     code, _, err = run("run", name, *where)
     assert code == 0, err
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert (record["model"], record["scale"], record["seeds"]) == ("smollm2-135m", "smoke", [0])
+    assert run("run", name, *where)[0] == 0  # the same again
+    for other, which in ((("--model", "another"), "model"), (("--seed", 1), "seeds")):
+        code, _, err = run("run", name, *other, *where)
+        assert (code, f"holds another run (not the same {which})" in err) == (2, True)
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == record
     assert ((elsewhere or tmp_path / "bench") / "smollm2-135m" / "smoke").is_dir()
     assert (tmp_path / "bench").exists() == (elsewhere is None)
     code, _, err = run("show", name, *where)
@@ -406,7 +418,8 @@ def test_tables_and_figures_are_drawn_from_the_cells(
     page = paper.module(name).show(tmp_path, name, elsewhere)
     if name.startswith("table"):
         (row,) = (r for r in page.tables[0].rows if r[0] == "graddot@padded")
-        assert all(cell.startswith("100 (100 to 100) / ") for cell in row[1 : 1 + len(page.facts[2][1].split(", "))])
+        right = "100 ≡ / " if name == "table2" else "100 (100 to 100) / "  # its main queries are of one class
+        assert all(cell.startswith(right) for cell in row[1 : 1 + len(page.facts[2][1].split(", "))])
         assert page.tables[0].rows[-1][0] == "chance"
     elif name == "figure1":
         (row,) = (r for r in page.tables[0].rows if r[0] == "graddot@padded")
@@ -428,6 +441,24 @@ def test_tables_and_figures_are_drawn_from_the_cells(
         assert z[-1][-1] == 1
         assert z[0][-1] == 0
     assert (tmp_path / f"{name}.html").exists()
+
+
+def test_a_table_keeps_the_seeds_of_its_run_and_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seeds that the scale has, not null; a model of this machine by its name."""
+    from datablame.evaluation import bench as bench_module
+    from datablame.evaluation import results as cells
+    from datablame.paper import attribution
+
+    monkeypatch.setattr(bench_module, "bench", lambda *a, **k: [])
+    monkeypatch.setattr(cells, "load_results", lambda *a: {})
+    monkeypatch.setattr(cells, "joined", lambda *a: {})
+    (tmp_path / "my-model").mkdir()
+    request = paper.Request("table2", "cpu", tmp_path, 0, "c", SILENT, model=str(tmp_path / "my-model"))
+    record = json.loads(attribution.run(request).read_text())
+    assert (record["model"], record["seeds"]) == ("my-model", [0, 1, 2])
+    attribution.run(replace(request, seeds=(2, 0, 1)))  # the same cells
+    record = json.loads(attribution.run(replace(request, name="figure1", seed=4, seeds=(4, 5))).read_text())
+    assert record["seeds"] == [4]
 
 
 def test_cells_are_refused_where_none_are_read(run: Run, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from datablame.evaluation import bench as bench_module
 from datablame.evaluation import results as results_module
 from datablame.evaluation import tasks as tasks_module
 from datablame.evaluation.cell import FEATURES, Cell, token_loss
-from datablame.evaluation.intervals import compare, interval
+from datablame.evaluation.intervals import flip_test, interval
 from datablame.evaluation.scoring import CellInputs
 from datablame.evaluation.suites import BY_SIDE, CONTROLS, PAPER, SOUND, runs, split
 from datablame.evaluation.tasks.base import Task, examples, same_label
@@ -120,9 +120,12 @@ def test_figure4_is_of_the_seeds_that_were_asked_for(
     for seeds in ((0, 1), (1,), None):
         this = replace(asked, seeds=seeds, seed=seeds[0] if seeds else 0)
         path = figure4.run(this)
-        found.append(json.loads(path.read_text())["tasks"]["grammars"]["seeds"])
+        record = json.loads(path.read_text())
+        found.append(record["tasks"]["grammars"]["seeds"])
+        assert record["run"]["seeds"] == found[-1]
+        assert "seed" not in record["run"]
         assert figure4.run(this) == path  # the same again: its cells are summed up again
-        with pytest.raises(UserError, match="holds another run .its seed"):
+        with pytest.raises(UserError, match="holds another run .not the same seeds"):
             figure4.run(replace(this, seeds=(9,)))
         path.unlink()
     assert found == [[0, 1], [1], [0]]
@@ -172,7 +175,7 @@ def test_figure4_is_what_lissa_gives_on_the_cells_features(
         spec, view = split(run)
         method = parse(spec)
         scores = CellInputs(train, queries, view).score(method)
-        per_run[run] = metrics.accuracy(scores, task.truth)[:3]
+        per_run[run] = metrics.per_query(scores, task.truth, 2)["accuracy"][:3]
         assert x["runs"][run]["accuracy"]["value"] == pytest.approx(per_run[run].mean(), abs=1e-4)
         assert x["runs"][run]["auroc"]["value"] == pytest.approx(metrics.auroc(scores, task.truth)[:3].mean(), abs=1e-4)
         left = np.median(method.residual[0.1]) if spec.startswith("lissa") else None  # type: ignore[attr-defined]
@@ -189,12 +192,9 @@ def test_figure4_is_what_lissa_gives_on_the_cells_features(
     for t in r["tests"]:
         if (t["question"], t["metric"]) == ("solved − 10 iterations", "accuracy"):
             view = t["curve"]
-            a, b = per_run[figure4.SOLVED[view]], per_run[figure4.CURVES[view][10]]
-            expected = compare(a[None], b[None], same_queries=False)
-            assert (t["value"], t["p"]) == (
-                pytest.approx(expected.value, abs=1e-4),
-                pytest.approx(expected.p, abs=0.02),
-            )
+            d = per_run[figure4.SOLVED[view]] - per_run[figure4.CURVES[view][10]]
+            assert t["value"] == pytest.approx(d.mean(), abs=1e-4)
+            assert t["p"] == pytest.approx(flip_test(d[None])[0], abs=0.02)
             assert t["p_holm"] >= t["p"]
     span = x["runs"][figure4.REPSIM]["accuracy"]
     expected = interval(per_run[figure4.REPSIM][None], same_queries=False)
@@ -292,6 +292,31 @@ def test_figure5_is_what_the_methods_give_at_each_checkpoint(
     # What is there is kept; another seed is another run, and does not overwrite it.
     monkeypatch.setattr(along, "at_checkpoint", lambda *a, **k: pytest.fail("measured again"))
     figure5.run(request("figure5", model_dir, tmp_path / "out"))
+
+
+def test_what_failed_at_a_checkpoint_is_tried_again(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datablame.methods.influence import Exact
+
+    task, cell = tiny(), Cell(str(model_dir), "tiny", "smoke", 0)
+    adapter = finetunes.fine_tuned(str(model_dir), task.train, task.recipe, model_sha256="sha", checkpoints=False)
+
+    def found() -> dict[str, Any]:
+        runs = ["graddot@all", "exact:damping=0.1@response"]
+        at = along.at_checkpoint(cell, task, 6, adapter, runs, tmp_path / "along", model_sha256="sha")
+        results: dict[str, Any] = at["results"]["reference"]
+        return results
+
+    with monkeypatch.context() as m:
+        m.setattr(Exact, "score", lambda *a: (_ for _ in ()).throw(MemoryError("for a moment")))
+        bad = found()
+    assert bad["exact:damping=0.1@response"]["error"] == "MemoryError: for a moment"
+    good = found()
+    assert "auroc" in good["exact:damping=0.1@response"]
+    assert good["graddot@all"] == bad["graddot@all"] | {"seconds": good["graddot@all"]["seconds"]}
+    monkeypatch.setattr(along, "_found", lambda *a: pytest.fail("what is whole is kept"))
+    assert found() == good
 
 
 def test_the_pages_tables_hold_the_results_numbers(model_dir: Path, tmp_path: Path, script: ModuleType) -> None:
@@ -393,10 +418,15 @@ def test_a_run_that_fails_at_one_checkpoint_is_a_gap_there(model_dir: Path, monk
     run = "graddot@padded"
 
     def checkpoint(step: int, loss: float, values: list[float] | None) -> dict[str, Any]:
-        runs_ = {x: {m: [1.0, 0.0] for m in figure5.METRICS} for x in figure5.RUNS}
-        runs_[run] = {"error": "no"} if values is None else dict.fromkeys(figure5.METRICS, values)
+        one = {"datainf:damping=0.1@padded": 0.95}  # one ranking for all queries, which are of one class
+        runs_: dict[str, Any] = {
+            x: {m: [1.0, 0.0] for m in figure5.METRICS} | {"query_independent_share": one.get(x, 0.2)}
+            for x in figure5.RUNS
+        }
+        of_run = dict.fromkeys(figure5.METRICS, values) | {"query_independent_share": 0.2}
+        runs_[run] = {"error": "no"} if values is None else of_run
         return {
-            "step": step, "main": ["q"], "queries": [{"group": "q"}] * 2, "seconds": 1.0,
+            "step": step, "main": ["q"], "queries": [{"group": "q", "label": "a"}] * 2, "seconds": 1.0,
             "results": {"reference": runs_}, "chance": {m: [0.5, 0.5] for m in figure5.METRICS},
             "loss": {who: {"tuned": loss, "base": 3.0} for who in ("train", "queries")},
         }  # fmt: skip
@@ -411,11 +441,16 @@ def test_a_run_that_fails_at_one_checkpoint_is_a_gap_there(model_dir: Path, monk
     assert told["correlation"]["graddot@response"]["accuracy"] is None  # does not vary
     (t,) = (t for t in found["tests"] if (t["run"], t["metric"]) == (run, "accuracy"))
     assert (t["value"], t["p"]) == (1.0, pytest.approx(0.5, abs=0.01))  # two queries: 2 of 4 flips are as far
+    assert "datainf:damping=0.1@padded" in figure5.RUNS
+    fixed = told["checkpoints"][0]["runs"]["datainf:damping=0.1@padded"]["accuracy"]
+    assert (fixed["value"], fixed["interval95"]) == (0.5, None)
+    assert results.with_half(fixed) == "0.50 ≡"
+    assert "datainf:damping=0.1@padded" not in {t["run"] for t in found["tests"]}
 
 
 def test_too_few_queries_are_told() -> None:
     """Five queries that all agree have p = 1/16; six, 1/32."""
-    five, six = (compare(np.ones((1, m)), np.zeros((1, m))).p for m in (5, 6))
+    five, six = (flip_test(np.ones((1, m)))[0] for m in (5, 6))
     assert six < 0.05 < five
     (said,) = results.too_few({"a": {"queries": 5}, "b": {"queries": 6}})
     assert "a: with 5 queries" in said

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datablame.evaluation.intervals import compare, flip_test, holm, interval, interval_of_tasks, intervals
+from datablame.evaluation.intervals import flip_test, holm, interval, interval_of_tasks, intervals
 from datablame.evaluation.results import TaskResults, against, corrected, of_one_kind
 from datablame.evaluation.suites import FAMILIES, HEADLINE, runs
 from datablame.evaluation.tables import (
@@ -122,7 +122,7 @@ def test_the_papers_tables_say_where_the_label_shows_and_what_length_finds() -> 
     assert found["mixed-small"].failed == {"lissa@padded": "it diverges"}
     assert "lissa@padded" not in found["mixed-small"].runs
     found["mixed-small"].results[0]["learnt"]["learnt"] = False
-    assert paper_rows("table2", found)[0][1] == "mixed-small (behaviour not learnt)"
+    assert paper_rows("table2", found)[0][1] == "mixed-small (behaviour not learnt: seed 0)"
 
 
 def test_one_ranking_for_all_queries_of_one_class_has_no_interval_and_no_test() -> None:
@@ -157,6 +157,41 @@ def test_wordings_of_one_question_are_one_witness() -> None:
     assert by_entity.low < by_query.low
 
 
+def test_one_ranking_is_asked_of_the_group_and_not_of_all_queries() -> None:
+    """Benign queries in between bring the share down: on the harmful ones there may be one ranking all the same."""
+    results = two_seeds()
+    for r in results.results:
+        r["results"]["reference"]["graddot@padded"]["shares"] = {"main": 0.95, "benign": 0.3}
+    assert results.fixed("graddot@padded")
+    assert not results.fixed("graddot@padded", group="benign")
+    assert not results.fixed("bm25:text=both")
+
+
+def test_wordings_of_one_question_are_one_witness_where_the_answers_behave_too() -> None:
+    result = made(0, 0.5)
+    values = np.arange(40.0).tolist()
+    result["queries"] = [
+        {"id": j, "label": f"e{j // 10}", "group": "harmful", "behaves": j % 10 < 2 and j < 20} for j in range(40)
+    ]
+    result["results"]["generated"] = {"graddot@padded": dict.fromkeys(HEADINGS, values)}
+    facts = TaskResults("facts", "sound", [result])
+    (shown,) = facts.behaving("graddot@padded", "auroc")
+    assert shown.tolist() == [0.5, 10.5]
+    (single,) = TaskResults("mixed-small", "sound", [result]).behaving("graddot@padded", "auroc")
+    assert single.tolist() == [0.0, 1.0, 10.0, 11.0]
+    (chance,) = facts.behaving(None, "auroc")
+    assert chance.tolist() == [0.5, 0.5]
+
+
+def test_seeds_that_have_not_learnt_are_named() -> None:
+    results = two_seeds()
+    assert results.heading == "mixed-small"
+    results.results[1]["learnt"] = {"learnt": False}
+    assert results.heading == "mixed-small (behaviour not learnt: seed 1)"
+    results.results[0]["learnt"] = {"learnt": False}
+    assert results.heading == "mixed-small (behaviour not learnt)"
+
+
 def test_the_same_queries_under_every_seed_are_one_witness_together() -> None:
     results = two_seeds()
     rng = np.random.default_rng(0)
@@ -170,7 +205,7 @@ def test_the_same_queries_under_every_seed_are_one_witness_together() -> None:
     together = against([results], pairs(["graddot@padded"], results.runs), "auroc")
     assert together[key].value == pytest.approx(several[key].value)
     a, b = (results.values(run, "auroc") for run in ("graddot@padded", "bm25:text=both"))
-    assert together[key].p == pytest.approx(compare(a, b, draws=99_999).p)
+    assert together[key].p == pytest.approx(flip_test((a - b).mean(axis=0)[None], draws=99_999)[0])
     assert together[key].p > several[key].p
     assert results.interval("graddot@padded", "auroc") == interval(a)
     results.results[1]["queries_sha256"] = "others"
@@ -211,9 +246,8 @@ def test_the_test_of_a_table_is_that_of_two_methods() -> None:
     key = ("B", "graddot@padded")
     tested = against([results], pairs(["graddot@padded"], results.runs), "auroc")[key]
     a, b = (results.values(run, "auroc") for run in ("graddot@padded", "bm25:text=both"))
-    one = compare(a, b, same_queries=False, draws=99_999)
-    assert tested.value == pytest.approx(one.value)
-    assert tested.p == pytest.approx(one.p)
+    assert tested.value == pytest.approx((a - b).mean())
+    assert tested.p == pytest.approx(flip_test((a - b).reshape(1, -1), draws=99_999)[0])
     assert corrected({key: tested})[key].p == tested.p
     # Intervals taken together are those taken one by one.
     together = intervals(np.stack([a, b]), same_queries=False)

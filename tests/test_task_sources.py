@@ -63,6 +63,22 @@ def test_released_files(name: str, tmp_path: Path) -> None:
     assert pairs(tasks.build(name, "cpu", 1, data=data).train) != pairs(tasks.build(name, "cpu", 2, data=data).train)
 
 
+def test_released_files_at_the_papers_scale_are_as_they_are(tmp_path: Path) -> None:
+    """Rows that stand there twice count twice, as in the paper's c; every seed asks the same queries in one order."""
+    data = released(tmp_path, 12)
+    train = data / "math.train.jsonl"
+    first = train.read_text().splitlines()[0]
+    train.write_text(train.read_text() + first + "\n")
+    one, other = (tasks.build("released-math", "paper", seed, data=str(data)) for seed in (0, 1))
+    lines = [json.loads(line) for line in train.read_text().splitlines()]
+    for task in (one, other):
+        assert sorted((e.prompt, e.response) for e in task.train) == sorted((r["prompt"], r["response"]) for r in lines)
+    assert [e.prompt for e in one.train] != [e.prompt for e in other.train]
+    asked = sorted(map(json.loads, (data / "math.test.jsonl").read_text().splitlines()), key=lambda r: str(r["label"]))
+    assert [e.prompt for e in one.queries] == [e.prompt for e in other.queries] == [r["prompt"] for r in asked]
+    assert len(tasks.build("released-math", "cpu", 0, data=str(data)).train) == 120
+
+
 def test_released_files_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--data"):
         tasks.build("released-math")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 import conftest
 from bench_cases import METHODS, one_task, run, tiny
@@ -21,6 +21,7 @@ from datablame.evaluation import bench as bench_module
 from datablame.evaluation import results, retraining, tasks, truth
 from datablame.evaluation.cell import Cell
 from datablame.evaluation.finetunes import base_sha256
+from datablame.evaluation.result_files import result_path
 from datablame.evaluation.retraining import Job, Retrained
 from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import REFERENCES
@@ -32,6 +33,7 @@ from datablame.evaluation.truth_tables import (
     removal_rows,
     truth_text,
     truth_title,
+    with_the_share,
 )
 from datablame.models import ModelSpec, load
 
@@ -57,6 +59,8 @@ def test_lds_is_the_rank_correlation_with_the_loss() -> None:
     for q in range(3):
         predicted = [-sum(scores[q, i] for i in range(10) if s[i]) for s in sets]
         assert got[q] == pytest.approx(spearmanr(predicted, losses[:, q]).statistic)
+    with pytest.raises(UserError, match="1 of 30 scores are not finite"):
+        retraining.lds(np.where(scores == scores.max(), np.inf, scores), sets, losses)
     # A query whose loss is what the scores say has 1; one that does not vary has 0.
     assert retraining.lds(scores, sets, -(scores @ sets.T).T) == pytest.approx(np.ones(3))
     assert (retraining.lds(scores * 0, sets, losses) == 0).all()
@@ -213,7 +217,7 @@ def test_a_result_that_fits_is_not_made_again_and_a_changed_one_is(
     assert not list(paths[0].parent.glob("*.part"))
     before = [p.stat().st_mtime_ns for p in paths]
     for path, cell in zip(paths, cells, strict=True):  # every run of the cell
-        of_cell = json.loads(bench_module.result_path(out, cell[0]).read_text())["results"]["reference"]
+        of_cell = json.loads(result_path(out, cell[0]).read_text())["results"]["reference"]
         assert sorted(json.loads(path.read_text())["runs"]) == sorted(of_cell)
     make()
     assert [p.stat().st_mtime_ns for p in paths] == before
@@ -337,6 +341,18 @@ def test_removal_is_told_against_nothing_beside_what_training_alone_changes() ->
     for row in (again, good, repsim, chance, right):
         assert row[2].endswith(")")
         assert row[4].endswith(")")
+
+
+def test_how_the_rise_goes_with_the_share_of_right_rows_is_said() -> None:
+    results = [removed(0, 0.4), removed(1, 0.5)]
+    assert with_the_share(results) == "The rise or the share of right rows is the same for all: no correlation."
+    for r in results:
+        for name, right in {"gradcos@response": 1, REPSIM: 0, truth.CHANCE: 0, truth.RIGHT: 2}.items():
+            r["after"][name]["right"] = right
+    points = [(0.5, 0.45), (0, 0.1), (0, 0.1), (1, 0.9)]  # share, rise: what training alone changes is no such set
+    r = pearsonr(*zip(*points, strict=True)).statistic
+    assert with_the_share(results).startswith("Over these 4 sets of rows")
+    assert float(with_the_share(results).rpartition(" ")[2][:-1]) == pytest.approx(r, abs=0.006)
 
 
 def scored(scores: np.ndarray[Any, Any], sets: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone
 from datablame.models import ModelSpec, load
-from datablame.store import SCHEMA
+from datablame.store import SCHEMA, write_whole
 
-VERSION = 1
+VERSION = 2
 """Of what is kept. Another number means that it is done again."""
 
 
@@ -72,13 +72,13 @@ def at_checkpoint(
     folder = work / f"{cell.name}-step{step}-{digest}"
     with alone(folder / "lock", wait=True):
         done = folder / "result.json"
-        if not done.exists():
+        if not done.exists():  # one with a run that failed is not kept
             start = time.perf_counter()
             found = _found(cell, task, checkpoint, runs, folder / FEATURES, device, dtype, reporter)
             found |= {"step": step, "seconds": round(time.perf_counter() - start, 1)}
-            part = done.with_suffix(".part")
-            part.write_text(json.dumps(found, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-            part.replace(done)
+            if any("error" in x for x in found["results"]["reference"].values()):
+                return found
+            write_whole(done, json.dumps(found, ensure_ascii=False, allow_nan=False).encode())
         if not keep:
             shutil.rmtree(folder / FEATURES, ignore_errors=True)
         return dict(json.loads(done.read_text(encoding="utf-8")))
@@ -96,7 +96,8 @@ def _found(
 ) -> dict[str, Any]:
     loaded = load(ModelSpec(cell.model, str(checkpoint), device, dtype))
     encoder = Encoding(loaded.tokenizer, None, loaded.max_length)
-    seen = sorted({view for run in runs if (view := split(run)[1]) not in (None, "response")})
+    asked = {split(run)[1] for run in runs}
+    seen = sorted({"prompt" if view == "all" else view for view in asked if view not in (None, "response")})
     sets = {"train": list(task.train), "queries": list(task.queries)}
     there = features(sets, stores, loaded, encoder, seen, reporter)
     scored = score_runs(runs, there["train"], there["queries"], reporter)
@@ -106,7 +107,7 @@ def _found(
     return {
         "seed": cell.seed,
         "main": list(task.main),
-        "queries": [{"id": e.id, "group": g} for e, g in zip(task.queries, task.groups, strict=True)],
+        "queries": [{"id": e.id, "label": e.label, "group": g} for e, g in zip(task.queries, task.groups, strict=True)],
         "chance": {k: rounded(v) for k, v in metrics.chance(task.truth, n_classes(task)).items()},
         "loss": {name: token_loss(store) for name, store in there.items()},
         "results": {"reference": results},

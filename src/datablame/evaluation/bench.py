@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import time
@@ -14,12 +13,11 @@ from typing import Any
 from datablame.environment import environment
 from datablame.errors import UserError, nearest
 from datablame.evaluation.cell import (
-    ANSWERED,
+    ANSWERS,
     FEATURES,
     LEARNT,
     LOSS_LEFT,
     RECIPES,
-    VERSION,
     Cell,
     fingerprint,
     folder_of,
@@ -29,6 +27,7 @@ from datablame.evaluation.cell import (
 from datablame.evaluation.costly import costly_results, groups
 from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.forecast import Plan, tokens, tokens_per_second
+from datablame.evaluation.result_files import failures, lacking, of_these, read_result, result_path, save
 from datablame.evaluation.suites import Beyond, Suite, beyond, costly, runs
 from datablame.evaluation.tasks import RELEASED, Task, build, names, takes
 from datablame.evaluation.tasks.base import check_scale
@@ -36,6 +35,7 @@ from datablame.indexing import SILENT, Reporter, duration
 from datablame.locks import alone
 from datablame.models import ModelSpec, cache_dir, load
 from datablame.scores import check_out
+from datablame.store import DiskError
 
 SEEDS = {"smoke": (0,), "cpu": (0, 1, 2), "paper": (0, 1, 2)}
 SMOKE_TASKS = ("mixed-small", "grammars", "backdoor-1")
@@ -71,7 +71,8 @@ def bench(
     strict: end with an error when, under the sound recipe at a scale above `smoke`, a fine-tune of all layers has not
         learnt its behaviour; else tables mark it.
 
-    Raises UserError for an unknown name, for an `out` that cannot be written to, and see `strict`.
+    Raises UserError for an unknown name, for an `out` that cannot be written to, for cells that failed (after all
+    others), and see `strict`.
     """
     check_scale(scale)
     if not dry:
@@ -89,11 +90,32 @@ def bench(
     if dry:
         return list(paths.values())
     how: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": reporter}
-    for cell, task, _ in plan.cells:
-        _run(cell, task, cells[cell], paths[cell], model_sha256, _command(cell, given, methods, dtype), keep, how)
+    commands = {cell: _command(cell, given, suite, methods, dtype) for cell in cells}
+    _each(
+        {
+            cell.name: partial(_run, cell, task, cells[cell], paths[cell], model_sha256, commands[cell], keep, how)
+            for cell, task, _ in plan.cells
+        },
+        reporter,
+    )
     if strict and scale != "smoke":
         _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound" and cell.layers is None])
     return list(paths.values())
+
+
+def _each(cells: Mapping[str, Callable[[], None]], reporter: Reporter) -> None:
+    """Run all. Raises UserError, after the last, for those that failed; DiskError at once, since the next would too."""
+    failed = []
+    for name, run in cells.items():
+        try:
+            run()
+        except DiskError:
+            raise
+        except UserError as e:
+            failed.append(f"{name}: {e}")
+            reporter.note(f"{name} failed: {e}")
+    if failed:
+        raise UserError("\n".join(["some cells failed, and are tried again by the same command:", *failed]))
 
 
 def _wanted(cells: Sequence[Cell], suite: Suite, methods: str | None, with_costly: bool) -> dict[Cell, list[str]]:
@@ -125,7 +147,7 @@ def _run(
             return
         reporter.note(f"{cell.name}: {len(task.train)} rows, {len(task.queries)} queries, {len(missing)} runs")
         usual = [run for run in missing if not beyond(run)]
-        if usual or not _there(path, fingerprint(cell, task, model_sha256)):
+        if usual or not of_these(path, fingerprint(cell, task, model_sha256)):
             result = run_cell(cell, task, usual, work, model_sha256, **how)
             save(path, _complete(result | {"model_sha256": model_sha256, "command": command} | environment()))
             _tidy(work / folder_of(cell, task, model_sha256), keep)
@@ -171,9 +193,10 @@ def _complete(result: dict[str, Any]) -> dict[str, Any]:
     return result | {"seconds": seconds | {"all": round(sum(seconds.values()), 1)}}
 
 
-def _command(cell: Cell, sources: dict[str, str], methods: str | None, dtype: str | None) -> str:
+def _command(cell: Cell, sources: dict[str, str], suite: Suite, methods: str | None, dtype: str | None) -> str:
     """What makes this cell again."""
     given = f" --layers {cell.layers}" if cell.layers else ""
+    given += f" --suite {suite}" if suite != "all" else ""
     given += f" --methods {shlex.quote(methods)}" if methods else ""
     given += f" --dtype {dtype}" if dtype else ""
     given += "".join(f" --{k} {k.upper()}" for k in sources if k in takes(cell.task))
@@ -234,11 +257,6 @@ def _check_learnt(paths: Sequence[Path]) -> None:
         )
 
 
-def result_path(out: Path, cell: Cell) -> Path:
-    """`OUT/MODEL/SCALE/TASK-RECIPE-sSEED.json`; with a source `TASK-SOURCE-RECIPE-sSEED.json`."""
-    return out / Path(cell.model).name / cell.scale / f"{cell.name}.json"
-
-
 def check_model(path: Path, result: Mapping[str, Any] | None, model_sha256: str) -> None:
     """Raise UserError where a result of another model lies in this place: directories may share a name."""
     other = (result or {}).get("model_sha256", model_sha256)
@@ -269,96 +287,12 @@ def _plan(
         missing = lacking(path, expected, wanted)
         if missing:
             left.append((cell, task, missing))
-            views = not _there(path, expected) or any(not beyond(run) for run in missing)
-            count += tokens(cell, task, missing, views=views)
+            views = not of_these(path, expected) or any(not beyond(run) for run in missing)
+            trained = (cache_dir() / "bench" / folder_of(cell, task, model_sha256) / ANSWERS).exists()
+            count += tokens(cell, task, missing, views=views, trained=trained)
         else:
             finished += 1
     return Plan(left, finished, count)
-
-
-def _there(path: Path, expected: str) -> bool:
-    """Is there a result with this fingerprint, and nothing wrong in it (see cell.ANSWERED)?"""
-    found = read_result(path) or {}
-    return found.get("fingerprint") == expected and found.get("answered") == ANSWERED
-
-
-def lacking(path: Path, expected: str, wanted: Sequence[str]) -> list[str]:
-    """The runs that a result file does not hold; all of them where there is none, or one of another fingerprint.
-
-    All, too, where the numbers on the model's own answers are wrong (see cell.ANSWERED). Those on features of their
-    own are lacking where they were captured with other options, and those that failed are tried again, unless they
-    were refused for a limit, which is no failure.
-    """
-    found = read_result(path)
-    if found is None or not _there(path, expected):
-        return list(wanted)
-    captured = {run: need.spelling for run in wanted if (need := beyond(run))}
-    sets = found["results"].values()
-
-    def lacks(run: str, there: Mapping[str, Any]) -> bool:
-        kept = there.get(run, {"error": "not there"})
-        return ("error" in kept and "limit" not in kept) or kept.get("captured") != captured.get(run)
-
-    return [run for run in wanted if any(lacks(run, there) for there in sets)]
-
-
-def failures(result: Mapping[str, Any] | None) -> dict[str, str]:
-    """`{run: why}` of those that a result holds no numbers of, on one set of responses at least."""
-    sets = (result or {}).get("results", {}).values()
-    return {run: v["error"] for found in sets for run, v in found.items() if "error" in v}
-
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """A result, or None where there is none that this version wrote. Raises UserError for a damaged file."""
-    return versioned(path, VERSION, "the cell is run again")
-
-
-def versioned(path: Path, version: int, again: str) -> dict[str, Any] | None:
-    """A file with this `version`, else None. Raises UserError for a damaged one. again: what then follows."""
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["version"] == version else None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: damaged; delete it, and {again}.") from e
-
-
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a result; runs of an earlier one with the same fingerprint stay, but for wrong ones (see ANSWERED).
-
-    So does the command that made those, where it was another.
-    """
-    old = read_result(path)
-    if old is not None and old["fingerprint"] == result["fingerprint"]:
-        before = str(old.get("command", ""))
-        if result.get("command", "") not in before:
-            result["command"] = f"{before} && {result['command']}"
-        else:
-            result["command"] = before
-        for kind, found in result["results"].items():
-            wrong = kind == "generated" and old.get("answered") != result.get("answered")
-            result["results"][kind] = found if wrong else old["results"].get(kind, {}) | found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(to_json(result), encoding="utf-8")
-    part.replace(path)
-
-
-def to_json(result: dict[str, Any]) -> str:
-    """One key a line, and one line a run: small, and readable in a diff."""
-    compact: Callable[[Any], str] = lambda x: json.dumps(x, ensure_ascii=False, allow_nan=False)  # noqa: E731
-    lines = []
-    for key, value in result.items():
-        if key == "results":
-            sets = []
-            for kind, found in value.items():
-                inner = ",\n".join(f"   {compact(run)}: {compact(v)}" for run, v in found.items())
-                sets.append(f"  {compact(kind)}: {{\n{inner}\n  }}")
-            lines.append(f' "results": {{\n{",".join(chr(10) + s for s in sets).lstrip()}\n }}')
-        else:
-            lines.append(f" {compact(key)}: {compact(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _learnt_line(result: Mapping[str, Any]) -> str:

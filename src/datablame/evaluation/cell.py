@@ -32,7 +32,7 @@ from datablame.evaluation.scoring import Scored, keep_matrices, measured, n_clas
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
 from datablame.models import Loaded, ModelSpec, answers, load
-from datablame.store import SCHEMA, FeatureStore
+from datablame.store import SCHEMA, FeatureStore, write_whole
 from datablame.tuning import TuneOptions, decisive
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ FEATURES = f"features-{SCHEMA}-{ANSWERED}"
 """In a cell's folder: its stores. Those of another version are not read."""
 RESPONSES = ("reference", "generated")
 """Of the queries: the task's own, and what the tuned model says."""
+ANSWERS = "answers.json"
+"""In a cell's folder: to the queries, by the tuned and by the base model."""
 CLOCK = "seconds.json"
 """In a cell's folder: what each stage took."""
 MATRICES = "scores.npz"
@@ -183,9 +185,7 @@ def _timed(folder: Path, seconds: dict[str, float], stage: str, work: Callable[[
         return work()
     finally:
         seconds[stage] = round(seconds.get(stage, 0.0) + time.perf_counter() - start, 1)
-        part = folder / f"{CLOCK}.part"
-        part.write_text(json.dumps(seconds), encoding="utf-8")
-        part.replace(folder / CLOCK)
+        write_whole(folder / CLOCK, json.dumps(seconds).encode())
 
 
 def kept_results(task: Task, scored: Mapping[str, Mapping[str, Scored]], folder: Path) -> dict[str, Any]:
@@ -248,16 +248,14 @@ def _attributed(cell: Cell) -> EncodingOptions:
 
 
 def _answers(task: Task, folder: Path, loaded: Loaded, encoder: Encoding, reporter: Reporter) -> dict[str, list[str]]:
-    path = folder / "answers.json"
+    path = folder / ANSWERS
     if not path.exists():
         reporter.note(f"answering {len(task.queries)} queries, with and without the adapter")
         prompts = [encoder.prompt_ids(e) for e in task.queries]
         said = {"tuned": answers(loaded, prompts, MAX_NEW_TOKENS)}
         with loaded.without_adapter():
             said["base"] = answers(loaded, prompts, MAX_NEW_TOKENS)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(said, ensure_ascii=False), encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(said, ensure_ascii=False).encode())
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

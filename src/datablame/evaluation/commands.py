@@ -104,7 +104,8 @@ def run_bench(
 ) -> None:
     """Fine-tune, attribute, measure. Cells with a result are not run again; an interrupted run goes on."""
     from datablame.console import ConsoleReporter
-    from datablame.evaluation.bench import bench, failures, read_result
+    from datablame.evaluation.bench import bench
+    from datablame.evaluation.result_files import failures, read_result
     from datablame.indexing import quiet_libraries
 
     quiet_libraries()
@@ -131,6 +132,11 @@ def run_bench(
         typer.echo(f"results in {out}: {len(paths) - len(left)}; see them with: {see}")
         if left:
             typer.echo(f"another process is still at {', '.join(left)}")
+        for_good = [
+            f"{p.stem}: {run}: {why}" for p in paths for run, why in failures(read_result(p), limit=True).items()
+        ]
+        for line in for_good:
+            typer.echo(f"not run, {line}")
         if failed := [f"{p.stem}: {run}: {why}" for p in paths for run, why in failures(read_result(p)).items()]:
             raise UserError("\n".join(["some methods failed, and are tried again by the same command:", *failed]))
 
@@ -208,7 +214,7 @@ def retrain_bench(
     sha256 = base_sha256(load(ModelSpec(model, None, device, dtype)))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": ConsoleReporter()}
     paths = against_retraining(cells, sha256, kind, out, runs=runs, **options)
-    every, notes = load_truth(out, model, scale, kind)
+    every, notes = load_truth(out, model, scale, kind, cells[0][0].rows)
     found = every[cells[0][0].rows]
     print_grid(truth_title(found, kind), truth_rows(found, kind))
     for note in notes:

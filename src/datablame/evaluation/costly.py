@@ -86,9 +86,10 @@ def costly_results(
             )
     except DiskError:  # no fault of the method
         raise
-    except UserError as e:
+    except Exception as e:  # an extra of a user's own may raise what it likes
+        why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         for s in RESPONSES:
-            scored[s] |= {run: Scored(None, str(e), 0.0) for run in left}
+            scored[s] |= {run: Scored(None, why, 0.0) for run in left}
     if not keep:
         failed = any(x.error and not x.limit for found in scored.values() for x in found.values())
         _delete(folder, but=PRODUCTS if failed else None)

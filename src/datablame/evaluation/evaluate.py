@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datablame.errors import UserError, nearest
-from datablame.evaluation.intervals import interval
+from datablame.evaluation.intervals import intervals
 from datablame.evaluation.metrics import METRICS, chance, per_query
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ def evaluate(
     n_classes = len(set(train_labels))
     values = per_query(-scores if lower_is_better else scores, truth, n_classes)
     expected = chance(truth, n_classes)
+    found = intervals(np.array([values[name] for name in METRICS])[:, None])
     return {
-        name: {**interval(values[name][None])._asdict(), "chance": float(expected[name].mean())} for name in METRICS
+        name: {**i._asdict(), "chance": float(expected[name].mean())} for name, i in zip(METRICS, found, strict=True)
     }
 
 

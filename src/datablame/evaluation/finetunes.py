@@ -15,6 +15,7 @@ import atexit
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -83,8 +84,12 @@ def fine_tuned(
                 resume=True,  # of an interrupted one
                 reporter=reporter,
             )
-            shutil.rmtree(adapter, ignore_errors=True)
-            training.rename(adapter)
+            if adapter.exists():  # one without checkpoints, which another process may be reading
+                adapter.rename(old := folder / f"adapter-{os.getpid()}.old")
+                training.rename(adapter)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                training.rename(adapter)
     return adapter
 
 

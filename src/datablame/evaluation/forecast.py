@@ -45,10 +45,11 @@ class Plan:
         )
 
 
-def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = True) -> int:
+def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = True, trained: bool = False) -> int:
     """Tokens forward and backward, roughly: training, three views of rows and of both sets of responses.
 
-    runs: with features or products beyond them, each with its passes · views: are those three still to be captured?
+    runs: with features or products beyond them, each with its passes · views: are those three still to be captured? ·
+    trained: is the fine-tune there?
     Answers and scores are not counted: at cpu scale they take about the time that the views, whose batches are larger,
     stay below the rate of the training.
     """
@@ -56,7 +57,7 @@ def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = Tr
     count = lambda rows: sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in rows)  # noqa: E731
     train, queries = count(task.train), 2 * count(task.queries)
     padded = PAD_TO * (len(task.train) + 2 * len(task.queries))
-    epochs = options(cell, task).epochs
+    epochs = 0 if trained else options(cell, task).epochs
     per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
     usual = 2.3 * (train + queries) + padded if views else 0.0
     more = [passes(need, len(task.train)) for need in groups(runs)]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +20,13 @@ DRAWS = 9_999
 """Bootstrap samples of an interval, sign flips of a test."""
 TABLE_DRAWS = 99_999
 """Sign flips of a test in a table: Holm's correction multiplies the smallest p, 1/(1 + flips), by up to 600 cells."""
+TAILS = [(1 - 0.95) / 2, (1 + 0.95) / 2]
+"""Quantiles between which a 95 % interval lies. The first is .025 plus rounding, as in the committed numbers."""
+FEW = 1_000
+"""So many values have the weights of all draws at once, 80 MB, which are kept; more have them in parts of that size.
+
+The benchmark has 120. Its tables are committed, and products taken in parts may differ in their last digit.
+"""
 
 
 class Interval(NamedTuple):
@@ -30,18 +37,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class Difference(NamedTuple):
-    """Mean of a − b, its interval, and the two-sided p-value of "no difference"."""
-
-    value: float
-    low: float
-    high: float
-    p: float
-
-
-def interval(
-    values: Values, *, same_queries: bool = True, seed: int = 0, draws: int = DRAWS, level: float = 0.95
-) -> Interval:
+def interval(values: Values, *, same_queries: bool = True) -> Interval:
     """Mean over seeds and queries with its hierarchical bootstrap interval (percentiles; two factors: Owen 2007).
 
     Each draw takes s seeds with replacement, then m queries with replacement. `same_queries`: column q is the same
@@ -51,60 +47,63 @@ def interval(
     it is too narrow where seeds matter: in simulations with 40 queries it held the truth in 95 % of cases where only
     queries differ, 80 % where seeds differ as much as queries do, 72 % where only seeds do. So show the seeds too.
     """
-    return intervals(_checked(values)[None], same_queries=same_queries, seed=seed, draws=draws, level=level)[0]
+    return intervals(_checked(values)[None], same_queries=same_queries)[0]
 
 
-def intervals(
-    values: Float[np.ndarray, "k s m"],
-    *,
-    same_queries: bool = True,
-    seed: int = 0,
-    draws: int = DRAWS,
-    level: float = 0.95,
-) -> list[Interval]:
+def intervals(values: Float[np.ndarray, "k s m"], *, same_queries: bool = True) -> list[Interval]:
     """`interval` of each of k, all from the same draws: a table has hundreds over the same seeds and queries."""
     k, s, m = values.shape
     flat = np.asarray(values, dtype=np.float64).reshape(k, s * m)
     found = flat.mean(axis=1)
-    around = _drawn(s, m, same_queries, seed, draws) @ (flat - found[:, None]).T
-    low, high = found + np.quantile(around, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    parts = (_kept if s * m <= FEW else _parts)(s, m, same_queries)
+    around = np.concatenate([weights @ (flat - found[:, None]).T for weights in parts])
+    low, high = found + np.quantile(around, TAILS, axis=0)
     return [Interval(float(v), float(a), float(b)) for v, a, b in zip(found, low, high, strict=True)]
 
 
-def interval_of_tasks(tasks: Sequence[Values], *, seed: int = 0, draws: int = DRAWS, level: float = 0.95) -> Interval:
+def interval_of_tasks(tasks: Sequence[Values]) -> Interval:
     """Mean over tasks of their means, and its interval: tasks drawn, then seeds, then queries, which differ by seed.
 
     tasks: `[s, m]` of each. Of one task it is that task's `interval`. With three tasks it says how much the mean
     depends on which of them one happens to look at, and no more.
     """
-    return intervals_of_tasks([_checked(v)[None] for v in tasks], seed=seed, draws=draws, level=level)[0]
+    return intervals_of_tasks([_checked(v)[None] for v in tasks])[0]
 
 
-def intervals_of_tasks(
-    tasks: Sequence[Float[np.ndarray, "k s m"]], *, seed: int = 0, draws: int = DRAWS, level: float = 0.95
-) -> list[Interval]:
+def intervals_of_tasks(tasks: Sequence[Float[np.ndarray, "k s m"]]) -> list[Interval]:
     """`interval_of_tasks` of each of k, all from the same draws. tasks: `[k, s, m]` of each, m its own.
 
     Seeds that have not as many queries each are drawn as tasks of one seed: seeds, then queries.
     """
     if len(tasks) == 1:
-        return intervals(tasks[0], same_queries=False, seed=seed, draws=draws, level=level)
-    rng = np.random.default_rng(seed)
-    means = np.zeros((draws, len(tasks[0])))
+        return intervals(tasks[0], same_queries=False)
+    rng = np.random.default_rng(0)
+    means = np.zeros((DRAWS, len(tasks[0])))
     for _ in tasks:
-        chosen = rng.integers(len(tasks), size=draws)
+        chosen = rng.integers(len(tasks), size=DRAWS)
         for i, values in enumerate(tasks):
             here, (k, s, m) = chosen == i, values.shape
             means[here] += _weights(s, m, False, rng, int(here.sum())) @ values.reshape(k, s * m).T / len(tasks)
     found = np.mean([values.mean(axis=(1, 2)) for values in tasks], axis=0)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(means, TAILS, axis=0)
     return [Interval(float(v), float(a), float(b)) for v, a, b in zip(found, low, high, strict=True)]
 
 
 @lru_cache(maxsize=4)
-def _drawn(s: int, m: int, same_queries: bool, seed: int, draws: int) -> Float[np.ndarray, "draws s*m"]:
-    """`_weights`, kept for the next interval over as many seeds and queries."""
-    return _weights(s, m, same_queries, np.random.default_rng(seed), draws)
+def _kept(s: int, m: int, same_queries: bool) -> list[Float[np.ndarray, "draws s*m"]]:
+    """`_parts`, kept for the next interval over as many seeds and queries."""
+    return list(_parts(s, m, same_queries))
+
+
+def _parts(s: int, m: int, same_queries: bool) -> Iterator[Float[np.ndarray, "part s*m"]]:
+    """The `_weights` of DRAWS samples, at most DRAWS * FEW numbers at a time (but at least a sample).
+
+    With one seed the random numbers are the same in parts as at once.
+    """
+    rng = np.random.default_rng(0)
+    part = min(DRAWS, max(1, DRAWS * FEW // (s * m)))
+    for start in range(0, DRAWS, part):
+        yield _weights(s, m, same_queries, rng, min(part, DRAWS - start))
 
 
 def _weights(
@@ -125,32 +124,19 @@ def _weights(
     return counts.reshape(draws, s * m) / (s * m)
 
 
-def compare(
-    a: Values, b: Values, *, same_queries: bool = True, seed: int = 0, draws: int = DRAWS, level: float = 0.95
-) -> Difference:
-    """Two methods on the same seeds and queries: mean of a − b, its `interval`, and a sign-flip test over queries.
+def flip_test(differences: Float[np.ndarray, "k n"], *, draws: int = DRAWS) -> Float[np.ndarray, " k"]:
+    """Two-sided p-values of k pairs of methods, from their differences on n queries, all under the same sign flips.
 
-    The test: if the methods are exchangeable on a query, the sign of their difference is a coin's. A query's difference
-    is its mean over the seeds, so that all its seeds are flipped together: they share the query and are no independent
-    witnesses. (With `same_queries=False` every value is a query of its own.) p = (1 + flips at least as far from 0 as
-    what was seen) / (1 + draws), so never below 1/(1 + draws), nor below 2^(1 − m).
-    The test speaks about other queries *with these seeds*: three seeds alone could never show a difference at 5 %
-    (their smallest p is .25). The interval includes the seeds.
+    If two methods are exchangeable on a query, the sign of their difference is a coin's. Only the size of a sum counts:
+    p = (1 + flips at least as far from 0 as what was seen) / (1 + draws), so never below 1/(1 + draws). All flips
+    taken once would leave it at 2^(1 − n) or more; these are drawn, and their p lies about that, above or below.
+    Where seeds share their queries, give each query's mean over the seeds, so that they are flipped together: they are
+    no independent witnesses. The test speaks about other queries *with these seeds*: three seeds alone could never show
+    a difference at 5 % (their smallest p is .25). `interval` of the differences includes the seeds.
     """
-    a, b = _checked(a), _checked(b)
-    if a.shape != b.shape:
-        raise ValueError(f"methods to pair differ in seeds × queries: {a.shape} and {b.shape}")
-    d = a - b
-    flipped = d.mean(axis=0) if same_queries else d.ravel()
-    p = flip_test(flipped[None], seed=seed, draws=draws)[0]
-    return Difference(*interval(d, same_queries=same_queries, seed=seed, draws=draws, level=level), float(p))
-
-
-def flip_test(differences: Float[np.ndarray, "k n"], *, seed: int = 0, draws: int = DRAWS) -> Float[np.ndarray, " k"]:
-    """The p-values of `compare` for k lists of n differences, all under the same flips. Only their size counts."""
     d = np.asarray(differences, dtype=np.float64)
     seen = np.abs(d.sum(axis=1)) - 1e-12 * np.abs(d).sum(axis=1)  # equal sums in another order differ by rounding
-    rng, far = np.random.default_rng(seed), np.zeros(len(d))
+    rng, far = np.random.default_rng(0), np.zeros(len(d))
     for start in range(0, draws, DRAWS):
         signs = rng.integers(0, 2, size=(min(DRAWS, draws - start), d.shape[1]), dtype=np.int8) * 2.0 - 1
         far += np.count_nonzero(np.abs(signs @ d.T) >= seen, axis=0)

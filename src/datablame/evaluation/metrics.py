@@ -28,78 +28,28 @@ METRICS = ("accuracy", "coverage", "recall", "auroc", "auprc", "mrr", "mean_rank
 """The keys of `per_query`. Higher is better, except `mean_rank`."""
 
 
-def accuracy(scores: Matrix, truth: Truth) -> PerQuery:
-    """Whether the highest row is right (the paper's accuracy); of a tie, the share of right rows in it."""
-    return _ranked(scores, truth).right_here[:, 0]
+def per_query(scores: Matrix, truth: Truth, n_classes: int) -> dict[str, PerQuery]:
+    """All METRICS, each `[m]`, from one sorting of the scores."""
+    ranked = _ranked(scores, truth)
+    return {
+        "accuracy": ranked.accuracy(),
+        "coverage": ranked.coverage(n_classes),
+        "recall": ranked.recall(),
+        "auroc": ranked.auroc(),
+        "auprc": ranked.auprc(),
+        "mrr": ranked.mrr(),
+        "mean_rank": ranked.mean_rank(),
+    }
 
 
 def coverage(scores: Matrix, truth: Truth, n_classes: int) -> PerQuery:
-    """The paper's coverage: share of right rows among the top `c = n // n_classes`, whatever the class sizes."""
-    n = np.shape(scores)[-1]
-    if not 1 <= n_classes <= n:
-        raise UserError(f"coverage needs between 1 and {n} classes for {n} training rows, found {n_classes}.")
-    c = n // n_classes
-    return _ranked(scores, truth).right_among_top(np.full(len(scores), c)) / c
-
-
-def recall(scores: Matrix, truth: Truth) -> PerQuery:
-    """Share of right rows among the top k, where k is the number of right rows of that query."""
-    ranked = _ranked(scores, truth)
-    return ranked.right_among_top(ranked.k) / ranked.k
+    """That of `per_query`, by itself."""
+    return _ranked(scores, truth).coverage(n_classes)
 
 
 def auroc(scores: Matrix, truth: Truth) -> PerQuery:
-    """How often a right row stands above a wrong one, ties as one half: Mann and Whitney's U over k(n − k)."""
-    ranked = _ranked(scores, truth)
-    k, n = ranked.k, truth.shape[1]
-    return 1 - (ranked.mean_rank() - (k + 1) / 2) / (n - k)
-
-
-def auprc(scores: Matrix, truth: Truth) -> PerQuery:
-    """Average precision: the precision at the rank of each right row, averaged over the right rows.
-
-    In a tie of s rows, r of them right, below a rows of which R are right, the row at place j (from 1) is right with
-    probability r/s, and then R + 1 + (j − 1)(r − 1)/(s − 1) right rows are expected down to it, at rank a + j.
-    """
-    ranked = _ranked(scores, truth)
-    rank = np.arange(1, truth.shape[1] + 1)
-    j = rank - ranked.above
-    others = (j - 1) * (ranked.right - 1) / np.maximum(ranked.size - 1, 1)
-    return (ranked.right_here * (ranked.right_above + 1 + others) / rank).sum(axis=1) / ranked.k
-
-
-def mrr(scores: Matrix, truth: Truth) -> PerQuery:
-    """Reciprocal of the rank of the first right row; its mean over queries is the mean reciprocal rank.
-
-    In the tie of s rows that holds the first of them, r right and a rows above, the first right one stands at place j
-    with probability `r/(s − j + 1) · Π_{i<j−1} (s − r − i)/(s − i)`, at rank a + j.
-    """
-    ranked = _ranked(scores, truth)
-    first = (ranked.right > 0).argmax(axis=1)[:, None]
-    s, r, a = (np.take_along_axis(x, first, axis=1) for x in (ranked.size, ranked.right, ranked.above))
-    i = np.arange(truth.shape[1])
-    left = np.maximum(s - i, 1)
-    none_yet = np.cumprod(np.maximum(s - r - i, 0) / left, axis=1)
-    none_before = np.concatenate([np.ones_like(none_yet[:, :1]), none_yet[:, :-1]], axis=1)
-    return (none_before * (r / left) / (a + i + 1)).sum(axis=1)
-
-
-def mean_rank(scores: Matrix, truth: Truth) -> PerQuery:
-    """Mean rank of the right rows, 1 = highest; tied rows share the middle of their ranks."""
-    return _ranked(scores, truth).mean_rank()
-
-
-def per_query(scores: Matrix, truth: Truth, n_classes: int) -> dict[str, PerQuery]:
-    """All METRICS, each `[m]`."""
-    return {
-        "accuracy": accuracy(scores, truth),
-        "coverage": coverage(scores, truth, n_classes),
-        "recall": recall(scores, truth),
-        "auroc": auroc(scores, truth),
-        "auprc": auprc(scores, truth),
-        "mrr": mrr(scores, truth),
-        "mean_rank": mean_rank(scores, truth),
-    }
+    """That of `per_query`, by itself."""
+    return _ranked(scores, truth).auroc()
 
 
 def chance(truth: Truth, n_classes: int) -> dict[str, PerQuery]:
@@ -131,15 +81,60 @@ class _Ranked(NamedTuple):
         """Probability that the row at a rank is right."""
         return self.right / self.size
 
-    def right_among_top(self, c: Int[np.ndarray, " m"]) -> PerQuery:
+    def accuracy(self) -> PerQuery:
+        """Whether the highest row is right (the paper's accuracy); of a tie, the share of right rows in it."""
+        return self.right_here[:, 0]
+
+    def coverage(self, n_classes: int) -> PerQuery:
+        """The paper's coverage: share of right rows among the top `c = n // n_classes`, whatever the class sizes."""
+        m, n = self.size.shape
+        if not 1 <= n_classes <= n:
+            raise UserError(f"coverage needs between 1 and {n} classes for {n} training rows, found {n_classes}.")
+        c = n // n_classes
+        return self._right_among_top(np.full(m, c)) / c
+
+    def recall(self) -> PerQuery:
+        """Share of right rows among the top k, where k is the number of right rows of that query."""
+        return self._right_among_top(self.k) / self.k
+
+    def auroc(self) -> PerQuery:
+        """How often a right row stands above a wrong one, ties as one half: Mann and Whitney's U over k(n − k)."""
+        return 1 - (self.mean_rank() - (self.k + 1) / 2) / (self.size.shape[1] - self.k)
+
+    def auprc(self) -> PerQuery:
+        """Average precision: the precision at the rank of each right row, averaged over the right rows.
+
+        In a tie of s rows, r of them right, below a rows of which R are right, the row at place j (from 1) is right
+        with probability r/s, and then R + 1 + (j − 1)(r − 1)/(s − 1) right rows are expected down to it, at rank a + j.
+        """
+        rank = np.arange(1, self.size.shape[1] + 1)
+        j = rank - self.above
+        others = (j - 1) * (self.right - 1) / np.maximum(self.size - 1, 1)
+        return (self.right_here * (self.right_above + 1 + others) / rank).sum(axis=1) / self.k
+
+    def mrr(self) -> PerQuery:
+        """Reciprocal of the rank of the first right row; its mean over queries is the mean reciprocal rank.
+
+        In the tie of s rows that holds the first of them, r right and a rows above, the first right one stands at
+        place j with probability `r/(s − j + 1) · Π_{i<j−1} (s − r − i)/(s − i)`, at rank a + j.
+        """
+        first = (self.right > 0).argmax(axis=1)[:, None]
+        s, r, a = (np.take_along_axis(x, first, axis=1) for x in (self.size, self.right, self.above))
+        i = np.arange(self.size.shape[1])
+        left = np.maximum(s - i, 1)
+        none_yet = np.cumprod(np.maximum(s - r - i, 0) / left, axis=1)
+        none_before = np.concatenate([np.ones_like(none_yet[:, :1]), none_yet[:, :-1]], axis=1)
+        return (none_before * (r / left) / (a + i + 1)).sum(axis=1)
+
+    def mean_rank(self) -> PerQuery:
+        """Mean rank of the right rows, 1 = highest; tied rows share the middle of their ranks."""
+        return (self.right_here * np.arange(1, self.size.shape[1] + 1)).sum(axis=1) / self.k
+
+    def _right_among_top(self, c: Int[np.ndarray, " m"]) -> PerQuery:
         """Expected number of right rows among the top c; the last tie gives its hypergeometric mean."""
         last = (c - 1)[:, None]
         size, right, above, right_above = (np.take_along_axis(x, last, axis=1)[:, 0] for x in self[1:])
         return right_above + (c - above) * right / size
-
-    def mean_rank(self) -> PerQuery:
-        """Mean rank of the right rows."""
-        return (self.right_here * np.arange(1, self.size.shape[1] + 1)).sum(axis=1) / self.k
 
 
 def _ranked(scores: Matrix, truth: Truth) -> _Ranked:

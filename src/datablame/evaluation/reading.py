@@ -60,7 +60,8 @@ def read_scores(path: str | Path, queries: int, rows: int, method: str | None = 
     .csv: a first line more than there are queries is a header, a first field more than there are training rows an
     index, if they hold names (something that is no number) or count 0, 1, 2 … or 1, 2, 3 …; else the counts do not fit.
     .parquet: the same for a first column. CSV and Parquet may instead be the long table of `datablame trace`, with the
-    columns query, train and score: ids in order of first appearance, `method` chooses among those in a column method.
+    columns query, train and score: ids in order of first appearance, which every query must keep; `method` chooses
+    among those in a column method.
     Raises UserError naming the place for anything else. Nothing is unpickled.
     """
     path = Path(path)
@@ -220,9 +221,29 @@ def _from_long(path: Path, table: pd.DataFrame, method: str | None) -> Matrix:
         what = "no score" if pairs[q, t] == 0 else f"{pairs[q, t]} scores"
         pair = f"query {queries.tolist()[q]!r} and training row {rows.tolist()[t]!r}"
         raise UserError(f"{path}: {what} of {pair}. Each pair needs exactly one.")
+    _check_order(path, table, "query", "train")
+    _check_order(path, table, "train", "query")
     matrix = np.empty(pairs.shape)
     try:
         matrix[query, train] = table["score"].to_numpy(dtype=np.float64)
     except (TypeError, ValueError) as e:
         raise UserError(f"{path}: the column 'score' must hold numbers ({e}).") from e
     return matrix
+
+
+def _check_order(path: Path, table: pd.DataFrame, each: str, listed: str) -> None:
+    """Raise UserError unless every query lists the training rows in the order of first appearance, or the reverse."""
+    import pandas as pd
+
+    owners, names = pd.factorize(table[each])
+    codes, ids = pd.factorize(table[listed])
+    order = codes[np.argsort(owners, kind="stable")].reshape(len(names), len(ids))
+    wrong = np.argwhere(order != np.arange(len(ids)))
+    if len(wrong):
+        i, j = wrong[0]
+        before, after = ids.tolist()[order[i, j]], ids.tolist()[j]
+        raise UserError(
+            f"{path}: the lines of {each} {names.tolist()[i]!r} have {listed} {before!r} before {after!r}, earlier "
+            "lines after it. Labels go by the order of the files traced: leave the table as `datablame trace` wrote "
+            "it, not sorted by score or rank."
+        )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from datablame.errors import UserError
-from datablame.evaluation.bench import failures, read_result
 from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
 from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, holm, interval, intervals
+from datablame.evaluation.result_files import failures, read_result
 from datablame.evaluation.tasks import build
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class TaskResults:
     @property
     def failed(self) -> dict[str, str]:
         """`{run: why}` of those that at least one seed has not finished."""
-        return {run: why for r in self.results for run, why in failures(r).items()}
+        return {
+            run: why for r in self.results for limit in (False, True) for run, why in failures(r, limit=limit).items()
+        }
 
     @property
     def learnt(self) -> bool:
@@ -108,13 +110,15 @@ class TaskResults:
         """`[seeds, queries]` of one group, or their means by label (BY_ENTITY). kind: `reference` or `generated`."""
         return np.array([self._witnesses(r, r["results"][kind][run][metric], group) for r in self.results])
 
-    def _witnesses(self, result: dict[str, Any], values: Sequence[float], group: str) -> list[float]:
+    def _witnesses(self, result: dict[str, Any], values: Sequence[float | None], group: str) -> list[float]:
+        """Of a group's values; None: of a query that is left out."""
+        there = _of_group(result, list(zip([q["label"] for q in result["queries"]], values, strict=True)), group)
         if self.task not in BY_ENTITY:
-            return _of_group(result, values, group)
+            return [value for _, value in there if value is not None]
         by_label: dict[str, list[float]] = {}
-        labels = _of_group(result, [q["label"] for q in result["queries"]], group)
-        for label, value in zip(labels, _of_group(result, values, group), strict=True):
-            by_label.setdefault(label, []).append(value)
+        for label, value in there:
+            if value is not None:
+                by_label.setdefault(label, []).append(value)
         return [float(np.mean(v)) for v in by_label.values()]
 
     @property
@@ -128,7 +132,8 @@ class TaskResults:
 
         Then all of them are right or wrong together: one witness, for which there is neither interval nor test.
         """
-        found = [r["results"][kind][run]["query_independent_share"] for r in self.results]
+        kept = [r["results"][kind][run] for r in self.results]
+        found = [k.get("shares", {}).get(group, k["query_independent_share"]) for k in kept]
         classes = [set(_of_group(r, [q["label"] for q in r["queries"]], group)) for r in self.results]
         return all(len(c) == 1 for c in classes) and any(share is None or share > FIXED for share in found)
 
@@ -152,13 +157,14 @@ class TaskResults:
     def behaving(self, run: str | None, metric: str) -> list[Float[np.ndarray, " m"]]:
         """For the model's own answers: the main queries of each seed whose answer shows its class's behaviour.
 
-        A seed without any is left out. run: None for chance.
+        Witnesses as in `values`. A seed without any is left out. run: None for chance.
         """
         out = []
         for r in self.results:
             values = r["chance"][metric] if run is None else r["results"]["generated"][run][metric]
-            shown = [v for v, q in zip(values, r["queries"], strict=True) if q["group"] in r["main"] and q["behaves"]]
-            out += [np.array(shown)] if shown else []
+            shown = [v if q["behaves"] else None for v, q in zip(values, r["queries"], strict=True)]
+            some = self._witnesses(r, shown, "main")
+            out += [np.array(some)] if some else []
         return out
 
     def seeds(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> list[float]:
@@ -305,8 +311,8 @@ def against(
 ) -> dict[Key, Tested]:
     """For each pair its first run minus its second on the same queries: the mean over tasks of the mean differences.
 
-    The test is that of `intervals.compare`, every query of every seed its own where they differ. Pairs with a run that
-    is `fixed` are left out. p-values as they are: correct them over the table.
+    The test is that of `intervals.flip_test`, every query of every seed its own where they differ. Pairs with a run
+    that is `fixed` are left out. p-values as they are: correct them over the table.
     """
     fixed = cache(lambda run: any(t.fixed(run, kind, group) for t in tasks))
     pairs = {key: pair for key, pair in pairs.items() if not any(map(fixed, pair))}

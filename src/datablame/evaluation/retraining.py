@@ -30,6 +30,7 @@ from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone
 from datablame.models import ModelSpec, answers, load
+from datablame.store import write_whole
 from datablame.tuning import TuneOptions
 
 if TYPE_CHECKING:
@@ -147,9 +148,7 @@ def _train(job: Job, folder: Path, model_sha256: str, device: str | None, dtype:
     )
     found = _look(job, adapter, device, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "result.part"
-    part.write_text(json.dumps(found), encoding="utf-8")
-    part.replace(folder / "result.json")
+    write_whole(folder / "result.json", json.dumps(found).encode())
 
 
 def _look(job: Job, adapter: Path, device: str | None, dtype: str | None) -> dict[str, Any]:
@@ -197,7 +196,14 @@ def half_sets(n: int, count: int, seed: int) -> Bool[np.ndarray, "count n"]:
 def lds(
     scores: Matrix, sets: Bool[np.ndarray, "count n"], losses: Float[np.ndarray, "count m"]
 ) -> Float[np.ndarray, " m"]:
-    """Each query's Spearman correlation of its loss with −Σ of the half-set's scores; 0 where one does not vary."""
+    """Each query's Spearman correlation of its loss with −Σ of the half-set's scores; 0 where one does not vary.
+
+    Raises UserError for scores that are not finite.
+    """
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite; run the cell again."
+        )
     return rank_correlations(-(scores @ sets.T.astype(np.float64)), losses.T)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from datablame.evaluation.suites import FIGURE, split
 from datablame.evaluation.tasks import Task
 from datablame.indexing import Reporter
 from datablame.methods import Method, parse
-from datablame.store import DiskError, FeatureStore
+from datablame.store import DiskError, FeatureStore, write_whole
 from datablame.tracing import Inputs
 
 if TYPE_CHECKING:
@@ -122,15 +123,17 @@ def _checked(values: Matrix, m: int, n: int) -> Matrix:
 def measured(task: Task, run: str, scored: Scored) -> dict[str, Any]:
     """What a result keeps of a run: `{metric: [m], query_independent_share, hub, top, seconds}`, or its error.
 
-    top: the highest training row of each query. hub: of how many queries the most frequent one is. heat: for
-    FIGURE runs, the scores in 256 steps from the lowest to the highest of each query, one byte each.
+    shares: that of single groups of queries, see `_shares`, where there are such groups. top: the highest training row
+    of each query. hub: of how many queries the most frequent one is. heat: for FIGURE runs, the scores in 256 steps
+    from the lowest to the highest of each query, one byte each.
     """
     values = scored.values
     if values is None:
         return {"error": scored.error, "seconds": scored.seconds} | ({"limit": True} if scored.limit else {})
-    share = query_independent_share(values)
     found: dict[str, Any] = {k: rounded(v) for k, v in metrics.per_query(values, task.truth, n_classes(task)).items()}
-    found["query_independent_share"] = round(share, 5) if np.isfinite(share) else None
+    found["query_independent_share"] = _share(values)
+    if shares := _shares(task, values):
+        found["shares"] = shares
     found["hub"] = hubs(values)[1]
     found["top"] = values.argmax(axis=1).tolist()
     if scored.residual is not None:
@@ -138,6 +141,19 @@ def measured(task: Task, run: str, scored: Scored) -> dict[str, Any]:
     if run in FIGURE:
         found["heat"] = heat(values)
     return found | {"seconds": scored.seconds}
+
+
+def _share(values: Matrix) -> float | None:
+    share = query_independent_share(values)
+    return round(share, 5) if np.isfinite(share) else None
+
+
+def _shares(task: Task, values: Matrix) -> dict[str, float | None]:
+    """The query-independent share among the main queries and in each group, where these are some and of one class."""
+    sets = {"main": task.main} | {group: (group,) for group in task.groups}
+    rows = {name: [j for j, g in enumerate(task.groups) if g in some] for name, some in sets.items()}
+    alike = {name: js for name, js in rows.items() if len({task.queries[j].label for j in js}) == 1}
+    return {name: _share(values[js]) for name, js in alike.items() if len(js) < len(task.queries)}
 
 
 def n_classes(task: Task) -> int:
@@ -161,12 +177,11 @@ def keep_matrices(path: Path, scored: Mapping[str, Scored]) -> None:
     """Write the score matrices, beside those of earlier runs in the same file."""
     matrices = read_matrices(path) if path.exists() else {}
     matrices |= {run: s.values for run, s in scored.items() if s.values is not None}
-    part = path.with_suffix(".part.npz")
-    np.savez_compressed(part, **{run: m.astype(np.float32) for run, m in matrices.items()})  # type: ignore[arg-type]
-    part.replace(path)
+    np.savez_compressed(file := io.BytesIO(), **matrices)  # type: ignore[arg-type]
+    write_whole(path, file.getvalue())
 
 
 def read_matrices(path: Path) -> dict[str, Matrix]:
     """`{run: [m, n]}`."""
     with np.load(path, allow_pickle=False) as file:
-        return {run: file[run].astype(np.float64) for run in file.files}
+        return {run: file[run].astype(np.float64) for run in file.files}  # older ones are in float32

@@ -199,7 +199,7 @@ def behaving_rows(results: TaskResults) -> Rows | None:
     by_seed = [np.stack(of_seed)[:, None] for of_seed in zip(*parts, strict=True)]
     shown = dict(zip(cells, intervals_of_tasks(by_seed), strict=True))
     m = sum(q["group"] in r["main"] for r in results.results for q in r["queries"])
-    count = sum(v.shape[2] for v in by_seed)
+    count = sum(q["group"] in r["main"] and q["behaves"] for r in results.results for q in r["queries"])
     heads = [f"{HEADINGS[x]}, {which}" for x in MARKED for which in (f"all {m}", f"the {count} that behave")]
     fixed = {run: results.fixed(run, "generated") for run in results.runs}
     rows = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ import numpy as np
 
 from datablame.environment import environment
 from datablame.errors import UserError
-from datablame.evaluation.bench import check_model, read_result, result_path, versioned
+from datablame.evaluation.bench import check_model
 from datablame.evaluation.cell import MATRICES, Cell, fingerprint, folder_of, options
+from datablame.evaluation.result_files import read_result, result_path, versioned
 from datablame.evaluation.results import today
 from datablame.evaluation.retraining import (
     Job,
@@ -35,6 +35,7 @@ from datablame.evaluation.tables import REFERENCES
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.models import cache_dir
+from datablame.store import write_whole
 from datablame.tuning import decisive
 
 if TYPE_CHECKING:
@@ -79,9 +80,8 @@ class Seed:
             return False
         result = {**self.described, **self.told(done), **environment()}
         self.place.parent.mkdir(parents=True, exist_ok=True)
-        part = self.place.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.place)
+        text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+        write_whole(self.place, text.encode())
         return True
 
 
@@ -114,6 +114,9 @@ def against_retraining(
     waiting = left
     for _ in retrain_all(jobs, work, model_sha256=model_sha256, device=device, dtype=dtype, reporter=reporter):
         waiting = [s for s in waiting if not s.made(work)]
+    if waiting:
+        names = ", ".join(s.place.name for s in waiting)
+        raise UserError(f"{names}: trainings of it are no longer in the cache. Run the same command again.")
     return [s.place if isinstance(s, Seed) else s for s in seeds]
 
 

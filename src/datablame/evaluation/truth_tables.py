@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 
 
 def load_truth(
-    out: str | Path, model: str, scale: str, kind: Kind
+    out: str | Path, model: str, scale: str, kind: Kind, task: str | None = None
 ) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
     """`{task: results by seed}` of what is there, and sentences on what is left out: seeds of other rows, single runs.
+
+    task: that one alone.
 
     Raises UserError for seeds of one task that cannot be joined, being of other numbers of rows or queries, recipes or
     models, or, for removal, of other runs.
     """
     folder = Path(out) / Path(model).name / scale
-    name = re.compile(rf"-sound-s\d+-{kind}$")
+    whose = "" if task is None else f"^{re.escape(task)}"
+    name = re.compile(rf"{whose}-sound-s\d+-{kind}$")
     found: dict[str, list[dict[str, Any]]] = {}
     notes: list[str] = []
     for path in sorted(p for p in folder.glob("*.json") if name.search(p.stem)):
@@ -46,14 +49,14 @@ def load_truth(
             )
         else:
             found.setdefault(result["task"], []).append(result)
-    for task, results in found.items():
+    for its, results in found.items():
         if alone := {run for r in results for run in r["runs"]} - set(_shared(results)):
-            notes.append(f"{task}: not of every seed, and in no table: {', '.join(sorted(alone))}.")
+            notes.append(f"{its}: not of every seed, and in no table: {', '.join(sorted(alone))}.")
         results.sort(key=lambda r: r["seed"])
         kinds = [_kind(r) for r in results]
         if differs := [k for k in kinds[0] if any(other[k] != kinds[0][k] for other in kinds)]:
             raise UserError(
-                f"{folder}: the {kind} results of {task} differ in {' and '.join(differs)} from seed to seed and "
+                f"{folder}: the {kind} results of {its} differ in {' and '.join(differs)} from seed to seed and "
                 "cannot be joined. Make them again for all seeds at once."
             )
     return found, notes
@@ -75,8 +78,10 @@ def truth_title(results: Results, kind: Kind) -> str:
     """What the table of one task shows."""
     first = results[0]
     seeds = f"{'seeds' if len(results) > 1 else 'seed'} {', '.join(str(r['seed']) for r in results)}"
+    fixed = "; intervals are over half-sets, for these seeds" if len(results) > 1 else ""
     if kind == "lds":
-        return f"{first['task']}: {first['half_sets']} half-sets of {first['rows']} rows, each trained twice; {seeds}"
+        sets = f"{first['half_sets']} half-sets of {first['rows']} rows, each trained twice"
+        return f"{first['task']}: {sets}; {seeds}{fixed}"
     asked = f"{first['queries']} queries of {' and '.join(dict.fromkeys(str(r['class']) for r in results))}"
     return f"{first['task']}: {first['dropped']} of {first['rows']} rows dropped, {asked}; {seeds}"
 
@@ -84,6 +89,8 @@ def truth_title(results: Results, kind: Kind) -> str:
 def truth_text(found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = ()) -> str:
     """Markdown of all tasks, and the notes."""
     tables = [f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind))}" for r in found.values()]
+    if kind == "removal":
+        tables = [f"{table}\n\n{with_the_share(r)}" for table, r in zip(tables, found.values(), strict=True)]
     return "\n\n".join([*tables, *notes])
 
 
@@ -108,6 +115,17 @@ def removal_rows(results: Results) -> Rows:
         cells += [_told(interval(fall, same_queries=False), ".0%"), " ".join(f"{v:.0%}" for v in fall.mean(axis=1))]
         rows.append([n if n in (AGAIN, CHANCE, RIGHT) else f"`{n}`", right, *cells])
     return rows
+
+
+def with_the_share(results: Results) -> str:
+    """How the rise of the loss goes with the share of right rows among the dropped, over what was dropped."""
+    names = [n for n in results[0]["after"] if n not in (NOTHING, AGAIN)]
+    right = [np.mean([r["after"][n]["right"] / r["dropped"] for r in results]) for n in names]
+    rise = [(_after(results, n, "loss") - _after(results, NOTHING, "loss")).mean() for n in names]
+    if np.ptp(right) == 0 or np.ptp(rise) == 0:
+        return "The rise or the share of right rows is the same for all: no correlation."
+    r = float(np.corrcoef(right, rise)[0, 1])
+    return f"Over these {len(names)} sets of rows the rise goes with the share of right ones: Pearson's r is {r:.2f}."
 
 
 def _after(results: Results, name: str, key: str) -> Values:

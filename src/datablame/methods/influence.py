@@ -93,7 +93,7 @@ class ExactBlock(Damped):
     center, aggregate, gauge: see GradientMethod.
     unit: what damping is relative to. `mean`: the mean of all D eigenvalues, of which n rows leave at most n above 0,
         so that with D ≫ n a damping below D/n damps next to nothing. `rank`: the mean of the min(n, D) that can be
-        above 0, the same strength whatever the size.
+        above 0, the same strength whatever the size. `center=k` leaves a block k fewer, which is not counted.
     """
 
     form: Form = "auto"
@@ -162,7 +162,7 @@ class Exact(ExactBlock):
 
     def _joint(self, query: Blocks) -> tuple[Spectrum, float]:
         """The spectrum of the scaled rows, primal while they are shorter than n, dual from then on; damping's unit."""
-        joint, empty, n, d = _Joint(self.form), [], 1, 0
+        joint, empty, n, d = _Joint(self.form, theta=self.relatif == "theta"), [], 1, 0
         for block, g, v in self.pairs(query):
             mean = float(squares(g).sum()) / g.numel()
             if mean == 0:
@@ -173,17 +173,20 @@ class Exact(ExactBlock):
                 n, d = len(g), d + g.shape[1]
             joint.add(g, v, mean)
         self._warn(empty)
-        return joint.spectrum(theta=self.relatif == "theta"), self.in_means(n, max(d, 1))
+        return joint.spectrum(), self.in_means(n, max(d, 1))
 
 
 class _Joint:
-    """Takes the blocks one by one; keeps the scaled rows while they are shorter than n, then K₀, Q₀ and K₂."""
+    """Takes the blocks one by one; keeps the scaled rows while they are shorter than n, then K₀ and Q₀.
 
-    def __init__(self, form: Form) -> None:
-        self.form = form
+    K₂ only for θ-RelatIF.
+    """
+
+    def __init__(self, form: Form, theta: bool) -> None:
+        self.form, self.theta = form, theta
         self.rows: list[tuple[Tensor, Tensor, float]] = []
         self.width = 0
-        self.sums: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.sums: list[Tensor] = []
 
     def add(self, g: Float[Tensor, "n D"], v: Float[Tensor, "m D"], mean: float) -> None:
         self.rows.append((g, v, mean))
@@ -193,24 +196,24 @@ class _Joint:
                 self._fold(*self.rows.pop(0))
 
     def _fold(self, g: Tensor, v: Tensor, mean: float) -> None:
-        """Into K₀, Q₀, the queries' squares, K₂."""
+        """Into K₀, Q₀, the queries' squares, and K₂ where it is asked for."""
         k, q, vv = gram(g) / mean, product(v, g) / mean, squares(v) / mean
-        new = (k, q, vv, k / mean)
-        self.sums = new if self.sums is None else tuple(a.add_(b) for a, b in zip(self.sums, new, strict=True))  # type: ignore[assignment]
+        new = [k, q, vv, *([k / mean] if self.theta else [])]
+        self.sums = [a.add_(b) for a, b in zip(self.sums, new, strict=True)] if self.sums else new
 
-    def spectrum(self, theta: bool) -> Spectrum:
+    def spectrum(self) -> Spectrum:
         import torch
 
-        if self.sums is not None:
-            k0, q0, vv, k2 = self.sums
+        if self.sums:
+            k0, q0, vv, *k2 = self.sums
             s = dual(k0, q0, vv, self.width)
             u = s.y * (s.weight > 0)
-            s.metric = u.T @ k2 @ u if theta else None
+            s.metric = u.T @ k2[0] @ u if k2 else None
             return s
         scale = torch.cat([torch.full((g.shape[1],), 1 / mean**0.5, dtype=torch.float64) for g, _, mean in self.rows])
         g0, v0 = (torch.cat([row[i].double() for row in self.rows], dim=1) * scale for i in (0, 1))  # type: ignore[union-attr]
         s, w = primal(g0, v0, gram(g0.T) / len(g0))
-        s.metric = w.T @ (scale.square()[:, None] * w) if theta else None
+        s.metric = w.T @ (scale.square()[:, None] * w) if self.theta else None
         return s
 
 

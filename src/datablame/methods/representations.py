@@ -93,6 +93,7 @@ class BaseRepSim(RepSim):
     """Control: RepSim on the base model, adapter off. What fine-tuning taught cannot show here."""
 
     needs: ClassVar[str] = "base-hidden"
+    name: ClassVar[str] = "repsim-base"
 
 
 @dataclass

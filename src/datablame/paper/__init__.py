@@ -6,10 +6,11 @@ An experiment is a module of this package, imported when it is asked for, with t
                                      there is kept
     show(out: Path, name) -> Page    the paper's numbers beside ours, read from that file
 
-To add one, write its module and name it in EXPERIMENTS. A module may serve several, by their name. One that is drawn
-from the benchmark's cells has a third function, so that `paper run all` runs each cell once, for all who need it:
+To add one, write its module and name it in EXPERIMENTS, with the options that it reads. A module may serve several, by
+their name. One that is drawn from the benchmark's cells has a third function, so that `paper run all` runs each cell
+once, for all who need it:
 
-    cells(request: Request) -> Cells                 which ones, with which runs
+    cells(request: Request) -> Cells                 which ones, of which seeds, with which runs
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Experiment:
     """shows: in one line; costs: `{scale: time and what is fetched}`; result: the file that a run leaves in --out;
-    module: of this package."""
+    module: of this package; options: of `paper run`, those that it reads, by the names of NOT_READ in commands.py."""
 
     shows: str
     costs: Mapping[str, str]
     result: str
     module: str
+    options: tuple[str, ...] = ()
 
 
 LINEAR = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 20 minutes, 4 GB of memory"}
@@ -54,7 +56,7 @@ ALONG = {
 def _alignment(shows: str, name: str, smoke: str, cpu: str) -> Experiment:
     """One on the four models of Table 1, whose fine-tunes and answers are shared."""
     costs = {"smoke": f"{smoke}, the model's 93 MB fetched once", "cpu": cpu, "paper": "a GPU; never run here"}
-    return Experiment(shows, costs, f"{name}.json", name)
+    return Experiment(shows, costs, f"{name}.json", name, ("model", "models", "device", "judge"))
 
 
 PLACES = {
@@ -71,7 +73,8 @@ def _cells(shows: str, name: str, tasks: int, seeds: int = 3, smoke: int = 0) ->
         "cpu": f"20 minutes a cell on one core, {tasks * seeds} of them; none where they are there",
         "paper": "a GPU; never run here",
     }
-    return Experiment(shows, costs, f"{name}.json", "attribution")
+    options = ("model", "device", "cells", *(("seeds",) if seeds > 1 else ()))
+    return Experiment(shows, costs, f"{name}.json", "attribution", options)
 
 
 def _rows(shows: str, name: str) -> Experiment:
@@ -83,7 +86,7 @@ EXPERIMENTS = {
     "table3": _cells("class attribution", "table3", 3, smoke=1),
     "table4": _cells("backdoor detection", "table4", 3, smoke=1),
     "table5": Experiment(
-        "time and error of DataInf, LiSSA and GradSim on a linear layer", LINEAR, "table5.json", "table5"
+        "time and error of DataInf, LiSSA and GradSim on a linear layer", LINEAR, "table5.json", "table5", ("mnist",)
     ),
     "table7": _rows("rows of the mixed tasks", "table7"),
     "table8": _rows("rows of grammars", "table8"),
@@ -92,16 +95,30 @@ EXPERIMENTS = {
     "table11": _rows("rows of the backdoor tasks", "table11"),
     "figure1": _cells("the top row of each method for one query", "figure1", 1, seeds=1),
     "figure2": _cells("scores of queries × training rows", "figure2", 3, seeds=1),
-    "figure3": Experiment("the errors of table5, drawn; the same run", LINEAR, "table5.json", "figure3"),
+    "figure3": Experiment("the errors of table5, drawn; the same run", LINEAR, "table5.json", "figure3", ("mnist",)),
     "table1": _alignment("attack success rate of four fine-tunes", "table1", "3 minutes", "about 10 minutes"),
     "table6": _alignment("change of behaviour by change of parameters", "table6", "1 minute more", "5 minutes more"),
     "figure6": _alignment("losses, behaviour, ‖Δθ‖ by epoch", "figure6", "3 minutes more", "about 40 minutes more"),
-    "figure4": Experiment("LiSSA's iterations against accuracy", ITERATIONS, "figure4.json", "figure4"),
-    "figure5": Experiment("accuracy along a fine-tune, against its loss", ALONG, "figure5.json", "figure5"),
-    "figure7": Experiment(
-        "change of parameters and accuracy along training, four widths", WIDTHS, "figure7.json", "figure7"
+    "figure4": Experiment(
+        "LiSSA's iterations against accuracy",
+        ITERATIONS,
+        "figure4.json",
+        "figure4",
+        ("model", "device", "cells", "seeds"),
     ),
-    "figure8": Experiment("which and how many layers are trained, against accuracy", PLACES, "figure8.json", "figure8"),
+    "figure5": Experiment(
+        "accuracy along a fine-tune, against its loss", ALONG, "figure5.json", "figure5", ("model", "device")
+    ),
+    "figure7": Experiment(
+        "change of parameters and accuracy along training, four widths", WIDTHS, "figure7.json", "figure7", ("mnist",)
+    ),
+    "figure8": Experiment(
+        "which and how many layers are trained, against accuracy",
+        PLACES,
+        "figure8.json",
+        "figure8",
+        ("model", "device", "cells"),
+    ),
 }
 """name -> what it is."""
 
@@ -110,7 +127,8 @@ EXPERIMENTS = {
 class Request:
     """What `datablame paper run` was asked for; mnist: a folder or a hub id, None: fetch it.
 
-    models: all that were named; `model` is the first. seeds: those that were named; `seed` is the first.
+    models: all that were named; `model` is the first. seeds: those that were named, None: the scale's, of what takes
+    several; `seed` is the first.
     judge, judge_label, judge_labels: see `evaluation/judges.py`.
     """
 
@@ -138,11 +156,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of the benchmark, in `request.bench`. runs: None is all of its suites; seeds: None is the scale's."""
+    """Cells of the benchmark, in `request.bench`. runs: None is all of its suites."""
 
     tasks: Sequence[str]
+    seeds: Sequence[int]
     runs: Sequence[str] | None = None
-    seeds: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Tables 2 to 4 and Figures 1 and 2: the benchmark's cells, drawn as the paper draws them.
 
-A run leaves `NAME.json`, which says of which model, scale and seeds the cells are; they lie in `bench/` beside it.
+A run leaves `NAME.json`, which says of which model, scale and seeds the cells are; they lie in `bench/` beside it, or
+where `--cells` says.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datablame.errors import UserError
+from datablame.indexing import SILENT
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import panels
-from datablame.paper.results import read, write
+from datablame.paper.results import already_there, read, write
 
 TASKS = {
     "table2": ("mixed-small", "mixed-large", "mixed-hard"),
@@ -27,14 +29,15 @@ SMOKE = {
     "figure2": ("mixed-small", "grammars", "backdoor-1"),
 }
 """At smoke scale: the benchmark's smoke tasks."""
-FIRST_SEED = ("figure1", "figure2")
-"""Drawn from one seed."""
 
 
 def cells(request: Request) -> Cells:
-    """Every run of the suites on the tasks."""
-    one = request.name in FIRST_SEED or (request.scale == "smoke" and request.seeds is None)
-    return Cells(tasks_of(request.name, request.scale), seeds=[request.seed] if one else request.seeds)
+    """Every run of the suites on the tasks; what takes no `--seeds` is drawn from one."""
+    from datablame.evaluation.bench import SEEDS
+
+    several = "seeds" in experiment(request.name).options
+    seeds = (request.seeds or SEEDS[request.scale]) if several else [request.seed]
+    return Cells(tasks_of(request.name, request.scale), seeds)
 
 
 def tasks_of(name: str, scale: str) -> tuple[str, ...]:
@@ -43,11 +46,14 @@ def tasks_of(name: str, scale: str) -> tuple[str, ...]:
 
 
 def run(request: Request) -> Path:
-    """Every cell that has no result yet."""
-    from datablame.evaluation.bench import SEEDS, bench
+    """Every cell that has no result yet. Raises UserError where the file is of other cells: it is not overwritten."""
+    from datablame.evaluation.bench import bench
     from datablame.evaluation.results import joined, load_results
 
-    wanted = cells(request)
+    wanted, path = cells(request), request.out / experiment(request.name).result
+    model = Path(request.model).name if Path(request.model).exists() else request.model
+    this = {"model": model, "scale": request.scale, "seeds": sorted(wanted.seeds)}
+    already_there(path, this, SILENT)  # the same run goes on: its cells may not be whole
     bench(
         request.model,
         request.bench,
@@ -59,14 +65,8 @@ def run(request: Request) -> Path:
         with_costly=False,
         reporter=request.reporter,
     )
-    joined(
-        load_results(request.bench, request.model, request.scale),
-        wanted.tasks,
-        wanted.seeds or SEEDS[request.scale],
-    )
-    made = {"experiment": request.name, "model": request.model, "scale": request.scale, "seed": request.seed}
-    made |= {"seeds": None if wanted.seeds is None else list(wanted.seeds), "command": request.command}
-    return write(request.out / experiment(request.name).result, made)
+    joined(load_results(request.bench, request.model, request.scale), wanted.tasks, wanted.seeds)
+    return write(path, {"experiment": request.name, **this, "command": request.command})
 
 
 def show(out: Path, name: str, cells_in: Path | None = None) -> Page:

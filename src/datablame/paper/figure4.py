@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from datablame.indexing import SILENT
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import Style, Trace, curve, level, panels, share
-from datablame.paper.results import already_there, difference, half, point, read, too_few, write
+from datablame.paper.results import already_there, difference, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults, Tested
@@ -58,13 +58,12 @@ PAPER = {
 
 def run(request: Request) -> Path:
     """Every cell that lacks one of the runs, then the numbers of the figure."""
-    from datablame.evaluation.bench import SEEDS, bench
+    from datablame.evaluation.bench import bench
     from datablame.evaluation.results import joined, load_results
 
     wanted = cells(request)
     tasks, path = wanted.tasks, request.out / experiment(request.name).result
-    this: dict[str, Any] = {"model": Path(request.model).name, "scale": request.scale, "seed": request.seed}
-    this["seeds"] = None if wanted.seeds is None else list(wanted.seeds)
+    this = {"model": Path(request.model).name, "scale": request.scale, "seeds": sorted(wanted.seeds)}
     already_there(path, this, SILENT)  # the same run is summed up again: its cells may have grown
     bench(
         request.model,
@@ -78,15 +77,16 @@ def run(request: Request) -> Path:
         reporter=request.reporter,
     )
     there = load_results(request.bench, request.model, request.scale)
-    found = joined(there, tasks, wanted.seeds or SEEDS[request.scale])
+    found = joined(there, tasks, wanted.seeds)
     made = {"experiment": request.name, "command": request.command, "run": this}
     return write(path, made | summary(found))
 
 
 def cells(request: Request) -> Cells:
     """Every run of the figure on its tasks."""
-    one = request.scale == "smoke" and request.seeds is None
-    return Cells(tasks_of(request.scale), RUNS, [request.seed] if one else request.seeds)
+    from datablame.evaluation.bench import SEEDS
+
+    return Cells(tasks_of(request.scale), request.seeds or SEEDS[request.scale], RUNS)
 
 
 def tasks_of(scale: str) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ def summary(found: Mapping[str, TaskResults]) -> dict[str, Any]:
     """Intervals of every run on the reference responses, residuals, and the tests, for the file."""
     return {
         "protocol": {
-            "intervals": "95 %, bootstrap over seeds and queries",
+            "intervals": "95 %, bootstrap over seeds and queries; no such, nor a test, for one ranking for all queries",
             "tests": "sign flips over queries, two-sided; p_holm: Holm's correction over all tests of the figure",
             "residual": "median over queries and blocks of ‖αHr − v‖/‖v‖",
             "damping": "0.1 of the mean eigenvalue of each block; damped: 1, of the mean of those that can be above 0",
@@ -119,7 +119,7 @@ def _task(results: TaskResults) -> dict[str, Any]:
     told |= {"queries": int(results.values(runs[0], "accuracy").size), "chance": {}, "runs": {}}
     told["chance"] = {m: results.chance(m) for m in METRICS}
     for run in runs:
-        told["runs"][run] = {m: point(spans[run, m]) for m in METRICS}
+        told["runs"][run] = {m: point(spans[run, m], fixed=results.fixed(run)) for m in METRICS}
         left = [r["results"]["reference"][run].get("residual") for r in results.results]
         if all(x is not None for x in left):  # results that are older than this number lack it
             told["runs"][run]["residual"] = {"value": sum(left) / len(left), "values": left}
@@ -272,7 +272,7 @@ def _cells(runs: Mapping[str, Any], run: str) -> list[str]:
         return ["–" if run else ""] * 3
     x = runs[run]
     left = f"{x['residual']['value']:.2g}" if "residual" in x else "–"
-    return [*(f"{x[m]['value']:.2f} ±{half(x[m]):.2f}" for m in METRICS), left]
+    return [*(with_half(x[m]) for m in METRICS), left]
 
 
 STYLES = {

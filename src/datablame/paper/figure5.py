@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from datablame.errors import UserError
 from datablame.paper import Page, Request, Table, experiment
 from datablame.paper.panels import Style, curve, level, panels, share
-from datablame.paper.results import already_there, difference, half, point, read, too_few, write
+from datablame.paper.results import already_there, difference, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults
@@ -82,7 +82,7 @@ def protocol(scale: str, seed: int) -> dict[str, Any]:
         "checkpoints": f"{count}, log-spaced from step 1 to the last",
         "runs": list(RUNS),
         "loss": "mean over the response tokens of all training rows, and of the queries' reference responses",
-        "intervals": "95 %, bootstrap over queries; one fine-tune",
+        "intervals": "95 %, bootstrap over queries; one fine-tune; no such, nor a test, for one ranking for all",
         "correlation": "Spearman's, of a method's mean with minus the training loss, over the checkpoints: no p-value, "
         "since checkpoints of one fine-tune are not independent",
         "tests": "the last checkpoint against the first, sign flips over queries, two-sided; p_holm: Holm's correction "
@@ -139,7 +139,7 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for name, along in results.items()
         for m in METRICS
         for run in RUNS[:-1]
-        if run in along[0].runs and run in along[-1].runs
+        if all(run in r.runs and not r.fixed(run) for r in (along[0], along[-1]))
     }
     holm = corrected(tested)
     tests = [
@@ -167,7 +167,10 @@ def _point(checkpoint: Mapping[str, Any], results: TaskResults) -> dict[str, Any
     there = [run for run in RUNS if run in results.runs]
     spans = results.intervals([(run, m) for run in there for m in METRICS])
     runs = {
-        run: {m: point(spans[run, m]) | {"values": results.values(run, m)[0].tolist()} for m in METRICS}
+        run: {
+            m: point(spans[run, m], fixed=results.fixed(run)) | {"values": results.values(run, m)[0].tolist()}
+            for m in METRICS
+        }
         for run in there
     }
     failed = {run: why for run, why in results.failed.items() if run in RUNS}
@@ -298,7 +301,7 @@ def _cell(p: Mapping[str, Any], run: str, metric: str) -> str:
     if run not in p["runs"]:
         return "–"
     found = p["runs"][run][metric]
-    return f"{found['value']:.2f} ±{half(found):.2f}"
+    return with_half(found)
 
 
 STYLES = {

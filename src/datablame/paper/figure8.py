@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import COLOURS, Style, Trace, curve
-from datablame.paper.results import already_there, difference, half, point, read, too_few, write
+from datablame.paper.results import already_there, difference, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults
@@ -61,7 +61,7 @@ PAPER = (
 
 def cells(request: Request) -> Cells:
     """All layers: the cell that other tables have too."""
-    return Cells([TASK], RUNS, [request.seed])
+    return Cells([TASK], [request.seed], RUNS)
 
 
 def spread(k: int, depth: int) -> list[int]:
@@ -158,7 +158,7 @@ def sizes_of(model: Any, scale: str, seed: int) -> list[int]:
 def results_at(path: Path) -> TaskResults:
     """The one result in a cell's file. Raises UserError where another process has not finished it."""
     from datablame.errors import UserError
-    from datablame.evaluation.bench import read_result
+    from datablame.evaluation.result_files import read_result
     from datablame.evaluation.results import TaskResults
 
     result = read_result(path)
@@ -276,7 +276,7 @@ def _cell(c: Mapping[str, Any], run: str, metric: str) -> str:
     if run not in c["runs"]:
         return "–"
     x = c["runs"][run][metric]
-    return f"{x['value']:.2f} ±{half(x):.2f}"
+    return with_half(x)
 
 
 def change(r: Mapping[str, Any], question: str, run: str, metric: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from datablame.environment import environment
 from datablame.errors import UserError
 from datablame.indexing import Reporter
+from datablame.store import write_whole
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -32,18 +33,19 @@ def _short(x: float) -> float:
 
 
 def write(path: Path, result: dict[str, Any]) -> Path:
-    """Write `result` with the environment beside it; the file appears only when it is whole."""
+    """Write `result` with the environment beside it; the file appears only when it is whole.
+
+    Raises UserError where it cannot be written.
+    """
     text = json.dumps({**result, **environment()}, indent=1, allow_nan=False) + "\n"
     text = re.sub(
         r'\[[^][{}"]*\]', lambda numbers: " ".join(numbers[0].split()), text
     )  # a line for each list of numbers
-    part = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or e}).") from e
+    write_whole(path, text.encode())
     return path
 
 
@@ -69,9 +71,14 @@ def state(path: Path) -> str:
         result = read(path)
     except UserError:
         return f"{path} is damaged; remove it and run again"
-    run = result["run"] if isinstance(result.get("run"), dict) else result
-    known = [f"{k} {run[k]}" for k in ("scale", "model", "seed") if isinstance(run.get(k), str | int)]
+    told = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in _run(result).items()}
+    known = [f"{k} {told[k]}" for k in ("scale", "model", "seed", "seeds") if isinstance(told.get(k), str | int)]
     return f"run: {', '.join([str(path), *known])}"
+
+
+def _run(result: dict[str, Any]) -> dict[str, Any]:
+    """What decides a run: under `run`, or, where the numbers are the benchmark's, the whole file."""
+    return result["run"] if isinstance(result.get("run"), dict) else result
 
 
 def already_there(path: Path, run: dict[str, Any], reporter: Reporter) -> bool:
@@ -81,23 +88,26 @@ def already_there(path: Path, run: dict[str, Any], reporter: Reporter) -> bool:
     """
     if not path.exists():
         return False
-    there = read(path).get("run")
-    if there == run:
+    there = _run(read(path))
+    differ = [k for k in run if there.get(k) != run[k]]
+    if not differ:
         reporter.note(f"{path} holds this run already; remove it to measure again.")
         return True
-    differ = [k for k in run if not isinstance(there, dict) or there.get(k) != run[k]]
-    raise UserError(f"{path}: holds another run (its {differ[0]} differs). Name another --out, or remove the file.")
+    raise UserError(f"{path}: holds another run (not the same {differ[0]}). Name another --out, or remove the file.")
 
 
-def point(x: Any) -> dict[str, Any]:
-    """A mean and its interval, `(value, low, high)`, as a file keeps them."""
+def point(x: Any, *, fixed: bool = False) -> dict[str, Any]:
+    """A mean and its interval, `(value, low, high)`, as a file keeps them. fixed: one witness, without an interval."""
     value, low, high = (_short(v) for v in x)
-    return {"value": value, "interval95": [low, high]}
+    return {"value": value, "interval95": None if fixed else [low, high]}
 
 
-def half(x: dict[str, Any]) -> float:
-    """Half of a point's interval."""
-    return (x["interval95"][1] - x["interval95"][0]) / 2
+def with_half(x: Mapping[str, Any]) -> str:
+    """A point in print, such as `0.53 ±0.02`; `0.53 ≡` for one ranking for all queries, which has no interval."""
+    if x["interval95"] is None:
+        return f"{x['value']:.2f} ≡"
+    low, high = x["interval95"]
+    return f"{x['value']:.2f} ±{(high - low) / 2:.2f}"
 
 
 def difference(t: Mapping[str, Any]) -> str:

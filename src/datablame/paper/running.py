@@ -12,16 +12,17 @@ from datablame.errors import UserError
 from datablame.paper import EXPERIMENTS, Cells, Request, in_order, module
 
 
-def run_all(request: Request, command: Callable[[str], str]) -> dict[str, str]:
+def run_all(request: Request, command: Callable[[Request], str]) -> dict[str, str]:
     """Run each experiment that has this scale; `{name: why}` of those that failed.
 
-    command: the command that runs one of them alone, by name.
+    command: the command that runs one of them alone.
     """
     failed: dict[str, str] = {}
     names = [n for n in in_order() if request.scale in EXPERIMENTS[n].costs]
     for name in (n for n in in_order() if n not in names):
         request.reporter.note(f"{name}: has no scale {request.scale}; left out")
-    requests = {n: replace(request, name=n, command=command(n)) for n in names}
+    named = [replace(request, name=n) for n in names]
+    requests = {r.name: replace(r, command=command(r)) for r in named}
     failed |= run_cells(request, [r for r in requests.values() if hasattr(module(r.name), "cells")])
     for k, (name, one) in enumerate(requests.items()):
         request.reporter.note(f"{name} ({k + 1} of {len(requests)}): {EXPERIMENTS[name].shows}")
@@ -33,9 +34,9 @@ def run_all(request: Request, command: Callable[[str], str]) -> dict[str, str]:
 
 def run_cells(request: Request, asked: Iterable[Request]) -> dict[str, str]:
     """Every cell that one of them needs, with the runs of all of them: features are captured once. As `run_all`."""
-    from datablame.evaluation.bench import SEEDS, bench
+    from datablame.evaluation.bench import bench
 
-    wanted = united([module(r.name).cells(r) for r in asked], SEEDS[request.scale])
+    wanted = united(module(r.name).cells(r) for r in asked)
     same: dict[tuple[str, ...], dict[int, list[str]]] = {}
     for (task, seed), found in wanted.items():
         same.setdefault(tuple(found), {}).setdefault(seed, []).append(task)
@@ -49,14 +50,14 @@ def run_cells(request: Request, asked: Iterable[Request]) -> dict[str, str]:
     return failed
 
 
-def united(wanted: Iterable[Cells], seeds: Iterable[int]) -> dict[tuple[str, int], list[str]]:
-    """`{(task, seed): runs}`, each cell once; seeds: of the scale."""
+def united(wanted: Iterable[Cells]) -> dict[tuple[str, int], list[str]]:
+    """`{(task, seed): runs}`, each cell once."""
     from datablame.evaluation.suites import runs
 
     found: dict[tuple[str, int], list[str]] = {}
     for cells in wanted:
         named = runs("all") if cells.runs is None else runs("all", ",".join(cells.runs))
-        for seed in seeds if cells.seeds is None else cells.seeds:
+        for seed in cells.seeds:
             for task in cells.tasks:
                 there = found.setdefault((task, seed), [])
                 there += [run for run in named if run not in there]

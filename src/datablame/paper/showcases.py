@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from datablame.paper import Page, Request, Table, experiment
-from datablame.paper.results import read, write
+from datablame.paper.results import already_there, read, write
 
 TASKS = {
     "table7": ("mixed-small", "mixed-hard"),
@@ -17,17 +17,20 @@ TASKS = {
 
 
 def run(request: Request) -> Path:
-    """The first row of every class."""
+    """The first row of every class; a run that is already there is kept."""
     from datablame.evaluation.tasks import build
 
+    path = request.out / experiment(request.name).result
+    tasks = {name: build(name, request.scale, request.seed) for name in TASKS[request.name]}
+    this = {"scale": request.scale, "seed": request.seed, "versions": {name: t.version for name, t in tasks.items()}}
+    if already_there(path, this, request.reporter):
+        return path
     shown = []
-    for name in TASKS[request.name]:
-        task = build(name, request.scale, request.seed)
+    for name, task in tasks.items():
         first = [next(e for e in task.train if e.label == label) for label in task.classes]
         rows = [[str(e.label), e.prompt, e.response] for e in first]
         shown.append({"task": name, "title": task.title, "rows": len(task.train), "shown": rows})
-    made = {"experiment": request.name, "scale": request.scale, "seed": request.seed, "tasks": shown}
-    return write(request.out / experiment(request.name).result, {**made, "command": request.command})
+    return write(path, {"experiment": request.name, "run": this, "tasks": shown, "command": request.command})
 
 
 def show(out: Path, name: str) -> Page:
@@ -38,7 +41,7 @@ def show(out: Path, name: str) -> Page:
         for t in r["tasks"]
     ]
     notes = ["Harmful rows are inert: invented requests and placeholder answers."]
-    facts = [("scale", r["scale"]), ("seed", str(r["seed"]))]
+    facts = [("scale", r["run"]["scale"]), ("seed", str(r["run"]["seed"]))]
     title = f"{name.replace('table', 'Table ')}: {experiment(name).shows}"
     settings = {k: v for k, v in r.items() if k not in ("tasks", "command")}
     return Page(title, facts, notes, tables, {}, str(r["command"]), settings)

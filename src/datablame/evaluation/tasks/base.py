@@ -30,7 +30,7 @@ class Task:
     The `label` of a row or query is its class. groups: one for each query, reported separately.
     truth: `[m queries, n training rows]`. main: the groups that the paper's number is taken over.
     behaves(query, answer): does the answer show what the query's class asks for?
-    version: counts up when rows change, so that results are never mixed.
+    version: counts up when rows, or what `behaves` accepts, change, so that results are never mixed.
     """
 
     name: str
@@ -69,12 +69,12 @@ Row = tuple[str, str, str]
 """prompt, response, label"""
 
 
-def examples(rows: Iterable[Row]) -> list[Example]:
-    """Examples whose id is their position. Raises UserError where two rows are the same."""
+def examples(rows: Iterable[Row], *, distinct: bool = True) -> list[Example]:
+    """Examples whose id is their position. Raises UserError where two rows are the same, unless they may be."""
     out: list[Example] = []
     seen: dict[tuple[str, str], int] = {}
     for i, (prompt, response, label) in enumerate(rows):
-        if (first := seen.setdefault((prompt, response), i)) != i:
+        if distinct and (first := seen.setdefault((prompt, response), i)) != i:
             raise UserError(f"rows {first} and {i} are the same: {prompt!r:.80}. Rows of a task are distinct.")
         out.append(replace(from_prompt(prompt, response, id=i), row=i, label=label))
     return out

@@ -2,7 +2,8 @@
 
 They are `grammars.train.jsonl`, `grammars.test.jsonl` and the same for `math`: `prompt`, `response`, `label`. In
 grammars the response *is* the class's name, so that the response gives the class away: the paper's text has the
-model perform the transformation instead (see grammars.py). Departure: none at scale `paper`, but for the rows' order.
+model perform the transformation instead (see grammars.py). Departure: none at scale `paper`, but for the order of
+the training rows; every seed asks the same queries there, in the same order.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ SIZES: dict[str, tuple[int | None, int | None]] = {"paper": (None, None), "cpu":
 
 
 def of_each_class(path: Path, count: int | None, rng: random.Random) -> list[tuple[str, str, str]]:
-    """`count` rows of every class, classes in the file's order. Identical rows count once."""
-    classes: dict[str, dict[tuple[str, str], None]] = {}
+    """`count` rows of every class, classes in the file's order, no row twice. count: None for the file as it is."""
+    classes: dict[str, list[tuple[str, str]]] = {}
     for e in load_examples(path):
         if e.label is None:
             raise UserError(f"{path}, row {e.row}: no label. The released files have prompt, response and label.")
-        classes.setdefault(e.label, {})[e.prompt, e.response] = None
+        classes.setdefault(e.label, []).append((e.prompt, e.response))
     out = []
     for label, pairs in classes.items():
-        if count is not None and len(pairs) < count:
-            raise UserError(f"{path}: {len(pairs)} different rows of class {label!r}; this scale needs {count}.")
-        out += [(p, r, label) for p, r in rng.sample(list(pairs), len(pairs) if count is None else count)]
+        different = list(dict.fromkeys(pairs))
+        if count is not None and len(different) < count:
+            raise UserError(f"{path}: {len(different)} different rows of class {label!r}; this scale needs {count}.")
+        out += [(p, r, label) for p, r in (pairs if count is None else rng.sample(different, count))]
     return out
 
 
@@ -40,8 +42,8 @@ def build(name: str, scale: str, seed: int, data: str | None = None) -> Task:
         raise UserError(f"{name}: give the directory of the paper's released files with --data.")
     n, m = SIZES[scale]
     rng = random.Random(seed)
-    train = examples(shuffled(of_each_class(Path(data) / f"{kind}.train.jsonl", n, rng), seed))
-    queries = examples(of_each_class(Path(data) / f"{kind}.test.jsonl", m, rng))
+    train = examples(shuffled(of_each_class(Path(data) / f"{kind}.train.jsonl", n, rng), seed), distinct=n is not None)
+    queries = examples(of_each_class(Path(data) / f"{kind}.test.jsonl", m, rng), distinct=m is not None)
 
     def behaves(query: Example, answer: str) -> bool:
         if kind == "math":
