@@ -1,9 +1,8 @@
 """Pictures of committed results for the documentation: `python benchmarks/pictures.py [NAME …]`.
 
-Each is a view of the page that `datablame paper show` writes, or the ladder of the benchmark, as a PNG in docs/.
-
-`pip install "kaleido>=1"`, and Chrome or Chromium. A PNG holds the digest of what it shows, so that a test can tell
-one that is behind its numbers.
+Each is a view of the page that `datablame paper show` writes, or the ladder of the benchmark, as a PNG in docs/. Needs
+what the project does not: `pip install "kaleido>=1"`, and Chrome or Chromium. A PNG holds the digest of what it shows,
+so that a test can tell one that is behind its numbers.
 """
 
 from __future__ import annotations

@@ -351,8 +351,8 @@ def test_how_the_rise_goes_with_the_share_of_right_rows_is_said() -> None:
             r["after"][name]["right"] = right
     points = [(0.5, 0.45), (0, 0.1), (0, 0.1), (1, 0.9)]  # share, rise: what training alone changes is no such set
     r = pearsonr(*zip(*points, strict=True)).statistic
-    assert with_the_share(results).startswith("Over these 4 sets of rows")
-    assert float(with_the_share(results).rpartition(" ")[2][:-1]) == pytest.approx(r, abs=0.006)
+    assert with_the_share(results).startswith("Over these 4 rows of the table")
+    assert float(with_the_share(results).partition("r is ")[2].partition(";")[0]) == pytest.approx(r, abs=0.006)
 
 
 def scored(scores: np.ndarray[Any, Any], sets: np.ndarray[Any, Any], losses: np.ndarray[Any, Any]) -> dict[str, Any]:

@@ -76,12 +76,13 @@ def at_checkpoint(
             start = time.perf_counter()
             found = _found(cell, task, checkpoint, runs, folder / FEATURES, device, dtype, reporter)
             found |= {"step": step, "seconds": round(time.perf_counter() - start, 1)}
-            if any("error" in x for x in found["results"]["reference"].values()):
-                return found
-            write_whole(done, json.dumps(found, ensure_ascii=False, allow_nan=False).encode())
+            if not any("error" in x for x in found["results"]["reference"].values()):
+                write_whole(done, json.dumps(found, ensure_ascii=False, allow_nan=False).encode())
+        else:
+            found = dict(json.loads(done.read_text(encoding="utf-8")))
         if not keep:
             shutil.rmtree(folder / FEATURES, ignore_errors=True)
-        return dict(json.loads(done.read_text(encoding="utf-8")))
+        return found
 
 
 def _found(

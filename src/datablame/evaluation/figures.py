@@ -52,7 +52,7 @@ def ladder(found: Mapping[str, TaskResults], metric: str = "auroc") -> go.Figure
                 tickvals=list(range(len(steps))), ticktext=names, tickangle=45, row=len(kinds), col=column
             )
         figure.update_yaxes(title=metric.upper(), row=row, col=1)
-    figure.update_yaxes(range=[0.25, 1.03])
+    figure.update_yaxes(range=[0, 1.03])
     figure.add_hline(y=0.5, line={"dash": "dot", "color": "#888888", "width": 1})
     figure.update_layout(template="plotly_white", height=240 + 160 * len(kinds))
     return figure
@@ -66,9 +66,10 @@ def _line(
 
     there = [i for i, (_, run) in enumerate(steps) if run in results.runs]
     means = [results.interval(steps[i][1], metric) for i in there]
+    free = [not results.fixed(steps[i][1]) for i in there]  # one ranking for all queries has no interval
     bars = {
-        "array": [m.high - m.value for m in means],
-        "arrayminus": [m.value - m.low for m in means],
+        "array": [f * (m.high - m.value) for f, m in zip(free, means, strict=True)],
+        "arrayminus": [f * (m.value - m.low) for f, m in zip(free, means, strict=True)],
         "thickness": 1,
     }
     line = go.Scatter(

@@ -201,9 +201,8 @@ def lds(
     Raises UserError for scores that are not finite.
     """
     if not np.isfinite(scores).all():
-        raise UserError(
-            f"{int((~np.isfinite(scores)).sum())} of {scores.size} scores are not finite; run the cell again."
-        )
+        bad = int((~np.isfinite(scores)).sum())
+        raise UserError(f"{bad} of {scores.size} scores are not finite: delete the cell's result, and run it again.")
     return rank_correlations(-(scores @ sets.T.astype(np.float64)), losses.T)
 
 

@@ -125,7 +125,8 @@ def with_the_share(results: Results) -> str:
     if np.ptp(right) == 0 or np.ptp(rise) == 0:
         return "The rise or the share of right rows is the same for all: no correlation."
     r = float(np.corrcoef(right, rise)[0, 1])
-    return f"Over these {len(names)} sets of rows the rise goes with the share of right ones: Pearson's r is {r:.2f}."
+    which = f"Over these {len(names)} rows of the table, chance and the right rows among them, means over the seeds"
+    return f"{which}, the rise goes with the share of right ones: Pearson's r is {r:.2f}; no test."
 
 
 def _after(results: Results, name: str, key: str) -> Values:
