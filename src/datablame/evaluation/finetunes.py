@@ -84,13 +84,17 @@ def fine_tuned(
                 resume=True,  # of an interrupted one
                 reporter=reporter,
             )
-            if adapter.exists():  # one without checkpoints, which another process may be reading
-                adapter.rename(old := folder / f"adapter-{os.getpid()}.old")
-                training.rename(adapter)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                training.rename(adapter)
+            _put(training, adapter)
     return adapter
+
+
+def _put(training: Path, adapter: Path) -> None:
+    """In place of one without checkpoints, if there is one, which another process may be reading: it goes last."""
+    old = adapter.with_name(f"{adapter.name}-{os.getpid()}.old")
+    if adapter.exists():
+        adapter.rename(old)
+    training.rename(adapter)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def base_sha256(loaded: Loaded) -> str:
