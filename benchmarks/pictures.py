@@ -46,12 +46,17 @@ PICTURES = {
     "figure2": Picture("figure2", "grammars: all"),
     "figure3": Picture("figure3"),
     "figure4": Picture("figure4"),
-    "figure5": Picture("figure5"),
+    "figure5": Picture("figure5", "top-1 accuracy, padded"),
+    "figure5-response": Picture("figure5", "top-1 accuracy, response"),
+    "figure5-auroc": Picture("figure5", "AUROC, response"),
     "figure6": Picture("figure6"),
     "figure6-kl": Picture("figure6", "KL from the original"),
     "figure7": Picture("figure7", "SGD, first layer random, log-spaced"),
     "figure7-correlations": Picture("figure7", "correlations"),
-    "figure8": Picture("figure8"),
+    "figure8": Picture("figure8", "top-1 accuracy by number, as released"),
+    "figure8-response": Picture("figure8", "top-1 accuracy by number, response"),
+    "figure8-place": Picture("figure8", "top-1 accuracy by place, as released"),
+    "figure8-place-response": Picture("figure8", "top-1 accuracy by place, response"),
 }
 """By the name of the file."""
 STYLE = {

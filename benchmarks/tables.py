@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,18 @@ from datablame.evaluation import tables as bench_tables
 from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
-from datablame.evaluation.suites import DAMPING, EXACTNESS, MATRICES, OPENING, RETRAINED, WHICH_SIDE
+from datablame.evaluation.suites import (
+    COSTLY,
+    DAMPING,
+    EXACTNESS,
+    MATRICES,
+    OPENING,
+    RETRAINED,
+    STEPS,
+    WHICH_SIDE,
+    runs,
+)
+from datablame.evaluation.truth import KINDS
 from datablame.paper import experiment, module
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
@@ -103,6 +115,13 @@ def projection(r: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{what}; {size}."])
 
 
+def smoke(r: dict[str, Any]) -> str:
+    """What the smoke scale takes from an empty cache."""
+    lines = ["| command | minutes |", "|---|---|"]
+    lines += [f"| `datablame {command}` | {seconds / 60:.1f} |" for command, seconds in r["seconds"].items()]
+    return "\n".join([*lines, "", f"{r['machine']}, alone; peak memory {r['peak_memory_gb']:.1f} GB. `{r['command']}`"])
+
+
 def learnt(found: dict[str, TaskResults]) -> str:
     """What each fine-tune taught, and on which side words show the label."""
     head = [
@@ -119,14 +138,15 @@ def learnt(found: dict[str, TaskResults]) -> str:
     ]
     rows = [head]
     for results in found.values():
-        r = results.results
+        r = _every(results)
         share, exact, loss = [
             " · ".join(f"{x['learnt'][k]['tuned']:{form}} ({x['learnt'][k]['base']:{form}})" for x in r)
             for k, form in (("behaves", ".0%"), ("exact", ".0%"), ("loss", ".2f"))
         ]
         least = " · ".join(f"{min(by_class(x).values()):.0%}" for x in r)
         leak = " · ".join(f"{x['leak']['prompt']:.2f}, {x['leak']['response']:.2f}: {x['leak']['shows']}" for x in r)
-        base = " · ".join(f"{s:.2f}" for s in (results.seeds(BASE, "auroc") if BASE in results.runs else []))
+        there = replace(results, results=r)
+        base = " · ".join(f"{s:.2f}" for s in (there.seeds(BASE, "auroc") if BASE in there.runs else []))
         rows.append(
             [
                 results.task,
@@ -145,6 +165,11 @@ def learnt(found: dict[str, TaskResults]) -> str:
     return bench_tables.markdown(rows) + "".join(notes)
 
 
+def _every(results: TaskResults) -> list[dict[str, Any]]:
+    """Failed runs with the others."""
+    return sorted([*results.results, *results.unlearnt], key=lambda r: r["seed"])
+
+
 STAGES = {
     "tune": "fine-tune",
     "answers": "answers",
@@ -156,7 +181,7 @@ STAGES = {
 
 def hours(by_recipe: dict[str, dict[str, TaskResults]]) -> str:
     """Hours of all cells by stage, a recipe a row: the sum over cells, whatever ran side by side."""
-    cells = {recipe: [r for t in found.values() for r in t.results] for recipe, found in by_recipe.items()}
+    cells = {recipe: [r for t in found.values() for r in _every(t)] for recipe, found in by_recipe.items()}
     cells = {recipe: c for recipe, c in cells.items() if c}
     every = [r for c in cells.values() for r in c]
     if not every:
@@ -167,13 +192,26 @@ def hours(by_recipe: dict[str, dict[str, TaskResults]]) -> str:
         rows.append([name, str(len(results)), *(f"{s / 3600:.2f}" for s in (*seconds, sum(seconds)))])
     machines = " and ".join(sorted({r["machine"] for r in every}))
     threads = " or ".join(str(t) for t in sorted({r["threads"] for r in every}))
-    return f"{bench_tables.markdown(rows)}\n\n{machines}; {threads} thread(s) a process."
+    return f"{bench_tables.markdown(rows)}\n\n{machines}; {threads} thread(s) a process. {_retrained()}"
+
+
+def _retrained() -> str:
+    """What retraining took, as far as it was timed."""
+    found = [truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)[0] for kind in KINDS]
+    results = [r for tasks in found for of_task in tasks.values() for r in of_task]
+    done, timed = (sum(r[key] for r in results) for key in ("trainings", "timed"))
+    took = f", {sum(r['seconds'] for r in results) / 3600:.2f} h" if timed else ""
+    return f"Retraining: {done} trainings for {len(results)} results; {timed} of them were timed{took}."
 
 
 def costly(found: dict[str, TaskResults]) -> str:
     """Methods on features of their own: every task that has them."""
-    tables = {results.heading: bench_tables.costly_rows(results) for results in found.values()}
-    there = [f"{heading}\n\n{bench_tables.markdown(rows)}" for heading, rows in tables.items() if rows]
+    told = {r.heading: (bench_tables.shows(r), bench_tables.costly_rows(r)) for r in found.values()}
+    there = [
+        f"{heading} (the label shows on: {sides})\n\n{bench_tables.markdown(rows)}"
+        for heading, (sides, rows) in told.items()
+        if rows
+    ]
     return "\n\n".join(there) or "*Not run yet.*"
 
 
@@ -216,10 +254,12 @@ def opening() -> str:
     if not truth:
         return "*Not run yet.*"
     same = {task: found[task].of_seeds([r["seed"] for r in results]) for task, results in truth.items()}
-    heads, _, *kinds = bench_tables.headline_rows(found, told=OPENING)
+    heads, sides, *kinds = bench_tables.headline_rows(found, told=OPENING)
     tasks = bench_tables.ladder_rows(same, ladders={"": OPENING})[-len(kinds) :]
     _, *halves, knowing, ceiling = truth_tables.lds_some(truth, OPENING)
+    of_truth = [x for t in truth for x in (bench_tables.shows(found[t]), "")]
     rows = [["", *heads[1:], *(f"{t}: {what}" for t in truth for what in ("by label", "by retraining"))]]
+    rows.append([*sides, *of_truth])
     for name, of_kinds, of_tasks, of_halves in zip(
         (*(name for name, _ in OPENING), "chance"),
         kinds,
@@ -261,6 +301,8 @@ BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
 """Tables of the benchmark's results, `benchmarks/results/bench/`, under the sound recipe; `NAME_paper`: the paper's."""
 
 
+SOME = {"lds_some": RETRAINED, "lds_steps": STEPS}
+"""Some runs against retraining on half-sets."""
 JOINED = {"opening": opening, "matrices": matrices}
 """Tables of labels and of retraining together."""
 
@@ -290,9 +332,9 @@ def render(text: str) -> str:
         name = match[2]
         if (drawn := _bench(name)) is not None:
             return f"{match[1]}{drawn}\n{match[3]}"
-        if name == "lds_some":
+        if name in SOME:
             found, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
-            rows = truth_tables.lds_some(found, RETRAINED)
+            rows = truth_tables.lds_some(found, SOME[name])
             return f"{match[1]}{bench_tables.markdown(rows) if found else '*Not run yet.*'}\n{match[3]}"
         if name in JOINED:
             return f"{match[1]}{JOINED[name]()}\n{match[3]}"
@@ -339,9 +381,10 @@ def shown(name: str, only: int | None = None) -> str:
 
 
 def retraining(kind: str) -> str:
-    """Methods against retraining: every task that has it."""
+    """Methods against retraining: every task that has it; of half-sets, the runs of the suites."""
     found, notes = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)
-    return truth_tables.truth_text(found, kind, notes) if found or notes else "*Not run yet.*"
+    told = [*runs("all"), *COSTLY]
+    return truth_tables.truth_text(found, kind, notes, told) if found or notes else "*Not run yet.*"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from datablame.evaluation import cell as cell_module
 from datablame.evaluation import finetunes, scoring, tasks
 from datablame.evaluation.cell import FEATURES, Cell
 from datablame.evaluation.leak import hidden_leak
+from datablame.evaluation.metrics import METRICS
 from datablame.evaluation.result_files import result_path
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import runs
@@ -87,9 +88,15 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
     after = json.loads(path.read_text())["results"]["reference"]
     assert set(after) == {*before, "length"}
     assert after["graddot@padded"] == before["graddot@padded"]
+    of_cell = load_results(out, str(model_dir), "smoke")["tiny"]
+    for run_, numbers in after.items():
+        for metric, told in numbers["interval95"].items():
+            assert told == pytest.approx(of_cell.interval(run_, metric)[: len(told)], abs=1e-4)
+            assert len(told) == 3
+    assert set(after["length"]["interval95"]) == set(METRICS)
 
     found = load_results(out, str(model_dir), "smoke")
-    page = write_bench(found, tmp_path / "page.html").read_text()
+    page = write_bench({"sound": found}, tmp_path / "page.html").read_text()
     assert "Yes or no &lt;b&gt;" in page
     assert "Yes or no <b>" not in page
     assert "https://" not in page.split("<script>")[0]
@@ -162,6 +169,60 @@ def test_an_interrupted_cell_goes_on(model_dir: Path, tmp_path: Path, monkeypatc
             assert {k: v for k, v in resumed["results"][kind][name].items() if k != "seconds"} == {
                 k: v for k, v in values.items() if k != "seconds"
             }
+
+
+def test_scores_that_are_there_are_not_made_again(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an interrupted cell alone; what is half-written is made again, and so is what failed."""
+    wanted = ["graddot@response", "lissa:steps=2@response", "bm25"]
+    straight = json.loads(run(model_dir, tmp_path / "straight", methods=",".join(wanted))[0].read_text())["results"]
+    monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "second"))
+    made: list[str] = []
+    score = scoring._scored
+
+    def counted(name: str, *args: Any) -> Any:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(name)
+        return score(name, *args)
+
+    monkeypatch.setattr(scoring, "_scored", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model_dir, tmp_path / "out", methods=",".join(wanted))
+    assert made == [*wanted, *wanted[:2]]
+    files = sorted((tmp_path / "second" / "bench").glob("*/scored-*/reference/*.npz"))
+    assert len(files) == 3
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].write_bytes(files[2].read_bytes())  # of another run
+    made.clear()
+    monkeypatch.setattr(scoring, "_scored", lambda name, *args: made.append(name) or score(name, *args))
+    (path,) = run(model_dir, tmp_path / "out", methods=",".join(wanted))
+    assert len(made) == 3
+    assert made[-1] == "bm25"  # of the answers
+    resumed = json.loads(path.read_text())["results"]
+    for kind, found in straight.items():
+        for name, values in found.items():
+            assert resumed[kind][name] | {"seconds": 0} == values | {"seconds": 0}
+    assert resumed["reference"]["lissa:steps=2@response"]["residual"] > 0
+    assert not list((tmp_path / "second" / "bench").glob("*/scored-*"))
+
+
+@pytest.mark.parametrize("file", ["answers.json", "seconds.json"])
+def test_a_damaged_file_of_the_cache_is_named(model_dir: Path, tmp_path: Path, file: str) -> None:
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25")
+    path.unlink()
+    (there,) = (tmp_path / "cache" / "bench").glob(f"*/{file}")
+    there.write_text(there.read_text()[:5])
+    with pytest.raises(UserError, match=f"{file}: damaged; delete it, and run the same command again"):
+        run(model_dir, tmp_path / "out", methods="bm25")
+    there.unlink()
+    (scores,) = (tmp_path / "cache" / "bench").glob("*/scores.npz")
+    scores.write_bytes(scores.read_bytes()[:50])
+    with pytest.raises(UserError, match="scores.npz: damaged; delete it"):
+        scoring.read_matrices(scores)
+    run(model_dir, tmp_path / "out", methods="bm25")
+    assert list(scoring.read_matrices(scores)) == ["bm25"]
 
 
 def test_the_papers_own_fine_tune(model_dir: Path, tmp_path: Path) -> None:

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+import conftest
 from bench_cases import tiny
 from datablame.errors import UserError
 from datablame.evaluation import results as results_module
 from datablame.evaluation import tasks, truth
 from datablame.evaluation.cell import Cell, fingerprint
 from datablame.evaluation.result_files import lacking, read_result, save, to_json
-from datablame.evaluation.results import TaskResults, is_old, load_results
-from datablame.evaluation.suites import FIGURE, LADDER, REPSIM_LADDER
+from datablame.evaluation.results import TaskResults, is_old, joined, load_results
+from datablame.evaluation.suites import FIRST, LADDER, REPSIM_LADDER
+from datablame.evaluation.tables import markdown, paper_rows
 from datablame.evaluation.truth import read_truth
 from datablame.paper import attribution
 from datablame.report.bench import context, write_bench
@@ -63,9 +65,41 @@ def test_a_seed_of_another_kind_is_left_out_and_named(tmp_path: Path, change: di
     assert len(found["grammars"].results) == 1  # alone, it is what there is
 
 
+MISSED = {"learnt": False, "behaves": {"tuned": 0.5, "base": 0.0}, "missed": ["harmful"],
+          "by_group": {"harmful": {"tuned": 0.25, "base": 0.0}, "benign": {"tuned": 1.0, "base": 1.0}},
+          "exact": {"tuned": 0.0, "base": 0.0}, "loss": {"tuned": 1.9, "base": 2.0}}  # fmt: skip
+
+
+def test_a_seed_that_has_not_learnt_is_in_no_number_while_another_has(tmp_path: Path) -> None:
+    write(tmp_path, made("grammars", 0), made("grammars", 1) | {"learnt": MISSED}, made("grammars", 2))
+    found = load_results(tmp_path, "tiny", "cpu")["grammars"]
+    assert [r["seed"] for r in found.results] == [0, 2]
+    assert found.heading == "grammars"
+    assert [r["seed"] for r in found.unlearnt] == [1]
+    assert found.left_out == [
+        "grammars: seed 1 is left out, since its fine-tune has not learnt the behaviour: 25% of harmful, not 70%; "
+        "95% of the base model's loss, not below 80%."
+    ]
+    with pytest.raises(UserError, match="no results of seed 1. grammars: seed 1 is left out, since its fine-tune"):
+        found.of_seeds([1])
+    assert [r["seed"] for r in joined({"grammars": found}, ["grammars"], [0, 1])["grammars"].results] == [0]
+    with pytest.raises(UserError, match="grammars: no result of seed 3"):
+        joined({"grammars": found}, ["grammars"], [1, 3])
+
+
+@pytest.mark.parametrize("other", [{"scale": "smoke"}, {"recipe": "paper"}, {"learnt": MISSED}])
+def test_what_has_not_learnt_is_marked_where_it_may_or_where_nothing_has(tmp_path: Path, other: dict[str, Any]) -> None:
+    write(tmp_path, made("grammars", 0) | other, made("grammars", 1) | {"learnt": MISSED} | other)
+    kind = made() | other
+    found = load_results(tmp_path, "tiny", kind["scale"], kind["recipe"])["grammars"]
+    assert ([r["seed"] for r in found.results], found.left_out, found.unlearnt) == ([0, 1], [], ())
+    which = "" if "learnt" in other else ": seed 1"
+    assert found.heading == f"grammars (behaviour not learnt{which})"
+
+
 def test_the_page_names_what_was_left_out(tmp_path: Path) -> None:
     found = {"facts": replace(stacked("facts", 0), left_out=["facts: seed 1 is <i>left out</i>."])}
-    page = write_bench(found, tmp_path / "page.html").read_text()
+    page = write_bench({"sound": found}, tmp_path / "page.html").read_text()
     assert "<li>facts: seed 1 is &lt;i&gt;left out&lt;/i&gt;.</li>" in page
 
 
@@ -101,8 +135,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 def of_version(version: int, seed: int) -> dict[str, Any]:
     """A result of `tiny`, with the top rows that Figure 1 shows."""
     task, cell = tiny(seed, version), Cell("tiny", "facts", "cpu", seed)
-    result = made("facts", seed, m=len(task.queries), names=list(dict.fromkeys([*RUNGS, *FIGURE])))
-    for run in FIGURE:
+    result = made("facts", seed, m=len(task.queries), names=list(dict.fromkeys([*RUNGS, *FIRST])))
+    for run in FIRST:
         result["results"]["reference"][run]["top"] = [3] * len(task.queries)
     return result | {"fingerprint": fingerprint(cell, task, "sha")}
 
@@ -163,14 +197,14 @@ def test_committed_results_are_of_today(path: Path) -> None:
 
 def test_the_page_has_figure_1_and_the_ladder_with_intervals_and_seeds(tmp_path: Path, built: None) -> None:
     found = {"facts": TaskResults("facts", "sound", [of_version(2, s) for s in (0, 1)])}
-    page = write_bench(found, tmp_path / "page.html").read_text()
+    page = write_bench({"sound": found}, tmp_path / "page.html").read_text()
     query, row = tiny(0).queries[0], tiny(0).train[3]
     assert f"facts, class {query.label}: {query.prompt} → {query.response}" in page
-    assert page.count(f"<td>{row.prompt} → {row.response}</td>") == len(FIGURE)
-    assert 'data-figure="ladder"' in page
+    assert page.count(f"<td>{row.prompt} → {row.response}</td>") == len(FIRST)
+    assert 'data-figure="sound-ladder"' in page
     assert "facts &lt;b&gt;" in page
     assert "facts <b>" not in page
-    traces = json.loads(context(found)["figures"])["ladder"]["data"]
+    traces = json.loads(context({"sound": found}, {})["figures"])["sound-ladder"]["data"]
     assert len(traces) == 4  # a line and the seeds, on either side
     for steps, line, seeds in ((LADDER, traces[0], traces[1]), (REPSIM_LADDER, traces[2], traces[3])):
         means = [found["facts"].interval(run, "auroc") for _, run in steps]
@@ -181,9 +215,52 @@ def test_the_page_has_figure_1_and_the_ladder_with_intervals_and_seeds(tmp_path:
         assert seeds["y"] == pytest.approx([s for _, run in steps for s in found["facts"].seeds(run, "auroc")])
 
 
+def test_one_page_has_every_recipe_and_retraining(
+    tmp_path: Path, built: None, run: conftest.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(truth, "today", lambda result: None)
+    write(tmp_path, made("mixed-small", 0), made("grammars", 0), made("mixed-small", 0) | {"recipe": "paper"})
+    near = {"value": 0.4321, "without": [0.42, 0.44] * 8}
+    lds = {
+        "version": truth.VERSION,
+        "kind": "lds",
+        "task": "grammars",
+        "rows": 40,
+        "queries": 20,
+        "shows": "<i>both</i>",
+    }
+    lds |= {"half_sets": 16, "runs": [BM25], "lds": {BM25: near}, "knowing_the_class": near, "noise_ceiling": near}
+    for seed in (0, 1):
+        (tmp_path / "tiny" / "cpu" / f"grammars-sound-s{seed}-lds.json").write_text(json.dumps(lds | {"seed": seed}))
+    shown = ("bench", "show", "--model", "tiny", "--scale", "cpu", "--out", tmp_path)
+    code, said, err = run(*shown, "--tables", tmp_path / "t.md")
+    assert code == 0, err
+    assert "sound fine-tune" in said
+    assert "paper fine-tune" in said
+    page = (tmp_path / "tiny" / "cpu" / "report.html").read_text()
+    for part in ("<h1>Fine-tune: sound</h1>", "<h1>Fine-tune: paper</h1>", 'data-figure="paper-ladder"', "0.43 (0."):
+        assert part in page
+    title = "lds, grammars: 16 half-sets of 40 rows, each trained twice; seeds 0, 1; the label shows on: &lt;i&gt;both"
+    assert title in page
+    text = (tmp_path / "t.md").read_text()
+    found = load_results(tmp_path, "tiny", "cpu")
+    assert text.startswith("# Fine-tune: sound\n\n## From the paper's protocol to the sound one\n\n| step (AUROC) | gr")
+    assert f"## Harmful-data identification\n\n{markdown(paper_rows('table2', found))}\n" in text
+    assert text.count("# Fine-tune: ") == 2
+    assert "## Backdoor detection" not in text  # no such task was run
+    code, said, err = run(*shown, "--recipe", "paper", "--task", "mixed-small")
+    assert code == 0, err
+    assert "Fine-tune: sound" not in (tmp_path / "tiny" / "cpu" / "report.html").read_text()
+    odd = tmp_path / "tiny" / "cpu" / "grammars-sound-s1-lds.json"
+    odd.write_text(json.dumps(lds | {"seed": 1, "rows": 41}))
+    code, said, err = run(*shown)
+    assert code == 0, err
+    assert "differ in rows from seed to seed" in (tmp_path / "tiny" / "cpu" / "report.html").read_text()
+
+
 def test_figure_1_shows_no_row_of_another_version(tmp_path: Path, built: None) -> None:
     found = {"facts": TaskResults("facts", "sound", [of_version(1, 0)])}
-    assert "Figure 1" not in write_bench(found, tmp_path / "page.html").read_text()
+    assert "Figure 1" not in write_bench({"sound": found}, tmp_path / "page.html").read_text()
     with pytest.raises(UserError, match="figure1: the rows of facts cannot be made again"):
         attribution._top_rows("figure1", found)
 
@@ -276,7 +353,7 @@ def test_the_opening_has_both_truths_of_what_was_learnt(
     near = lambda v: {"value": v, "without": [v - 0.01, v + 0.01] * 8}  # noqa: E731
     halves = {"graddot@padded": near(0.1), "repsim:layer=last,text=prompt": near(0.2), BM25: near(0.3)}
     lds = {"version": truth.VERSION, "kind": "lds", "seed": 1, "rows": 40, "queries": 20, "runs": list(halves)}
-    lds |= {"lds": halves, "knowing_the_class": near(0.4), "noise_ceiling": near(0.9)}
+    lds |= {"shows": "both", "lds": halves, "knowing_the_class": near(0.4), "noise_ceiling": near(0.9)}
     for task in ("mixed-small", "mathqa"):
         (folder / f"{task}-sound-s1-lds.json").write_text(json.dumps(lds | {"task": task}))
     lines = [line.strip("| ").split(" | ") for line in table(script, "opening").splitlines()]
@@ -308,7 +385,7 @@ def test_numbers_on_answers_behind_the_reference_are_in_no_table(tmp_path: Path)
     assert not found["facts"].answered
     assert [r["seed"] for r in found["facts"].results] == [0, 1]
     assert found["facts"].runs == [*RUNGS, "length"]
-    page = write_bench(found, tmp_path / "page.html").read_text()
+    page = write_bench({"sound": found}, tmp_path / "page.html").read_text()
     assert page.count("<summary>the model&#39;s own answers</summary>") == 1
     assert page.count("No numbers on the model's own answers") == 1
     # A result that is joined by runs of today loses the old ones on its answers, so that they are run again.

@@ -118,7 +118,10 @@ def test_they_join_a_result_that_is_there_and_leave_no_stores(
         "kfac@response",
         "trackstar:damping=0.1@response",
     }
-    changed = {"results", "seconds"}
+    changed = {"results", "seconds", "command"}
+    first, then = after["command"].split(" && ")
+    assert first == before["command"]
+    assert then.endswith(" --methods kfac,trackstar:damping=0.1@response")
     assert {k: v for k, v in after.items() if k not in changed} == {k: v for k, v in before.items() if k not in changed}
     assert after["seconds"]["all"] == pytest.approx(before["seconds"]["all"] + after["seconds"]["costly"], abs=0.2)
     cell, _ = folders(tmp_path)
@@ -133,7 +136,7 @@ def test_they_join_a_result_that_is_there_and_leave_no_stores(
     assert [row[0] for row in rows[1:-1]] == [f"`{name}`" for name in shown]
     assert rows[0][-1] == "features, min"
     assert [bool(row[-1]) for row in rows[1:]] == [True, True, *[False] * 4]
-    assert "kfac@response" in write_bench({"tiny": results}, tmp_path / "page.html").read_text()
+    assert "kfac@response" in write_bench({"sound": {"tiny": results}}, tmp_path / "page.html").read_text()
     other = replace(results, results=[before | {"seed": 1}, *results.results])  # a seed without them
     assert [row[0] for row in costly_rows(other) or []] == [row[0] for row in rows]
     assert costly_rows(replace(results, results=[before])) is None

@@ -79,11 +79,14 @@ def test_matrices_stand_on_both_truths_beside_what_the_solver_left() -> None:
     assert {len(row) for row in rows} == {len(head)}
     assert plain[0] == "plain `graddot@padded`"
     assert [cell[:4] for cell in plain[1:]] == ["0.50", "0.50", "0.40", ""]
-    assert [cell[:4] for cell in hessian[1:]] == ["0.50", "0.50", "0.40", "0.2"]
+    assert [cell[:4] for cell in hessian[1:4]] == ["0.50", "0.50", "0.40"]
+    assert hessian[4] == "0.2: not solved"
     assert all(" to " in cell for cell in (*plain[1:4], hessian[3]))
+    there["subspace:matrix=hessian@response"]["residual"] = 0.0834
+    assert matrix_rows(results, [], told)[2][4] == "0.08"
     assert all(cell.endswith(SAME) for cell in hessian[1:3])  # one ranking, queries of one class: no interval
-    assert failed[1:] == ["–"] * 4
-    assert missing[1:] == ["–"] * 4
+    assert failed[1:] == ["–", "–", "–", "not positive definite"]
+    assert missing[1:] == ["–", "–", "–", "not run"]
     assert chance[1:] == ["0.50", "0.50", "0.00", ""]
 
 
@@ -287,4 +290,9 @@ def test_seeds_of_another_kind_are_left_out_and_named() -> None:
 def test_what_shows_differs_by_seed() -> None:
     results = two_seeds()
     results.results[1]["leak"]["shows"] = "both"
-    assert sides({"t": results})[0] == ["the label shows on", "response, both"]
+    assert sides([results])[0] == ["the label shows on", "response, both"]
+    length = "AUROC, top-1 of the row's length alone `length`"
+    benign = sides([results, (results, "benign")])
+    assert benign[0] == ["the label shows on", "response, both", ""]
+    of = [float(results.values("length", m, group="benign").mean()) for m in ("auroc", "accuracy")]
+    assert benign[2] == [length, sides([results])[2][1], f"{of[0]:.2f}, {of[1]:.2f}"]

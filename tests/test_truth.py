@@ -95,6 +95,9 @@ def test_a_training_looks_at_the_queries_and_is_kept(
     again = retraining.retrain(job(model_dir, [3, 2, 1, 0], generate=True), tmp_path, model_sha256="sha")
     assert again is not None
     assert (again.loss == first.loss).all()
+    (job(model_dir, [0, 1, 2, 3], generate=True).folder(tmp_path) / "result.json").write_text('{"loss": [1')
+    with pytest.raises(UserError, match="result.json: damaged; delete it, and run the same command again"):
+        job(model_dir, [0, 1, 2, 3], generate=True).found(tmp_path)
     with pytest.raises(UserError, match="every row was dropped"):
         job(model_dir, [])
 
@@ -177,6 +180,12 @@ def test_methods_are_held_against_retraining(
     assert all(len(a["rows"]) == 3 for name, a in found["after"].items() if not name.startswith("nothing"))
     assert found["after"]["the right rows"]["right"] == 3
     assert found["model"] == model_dir.name  # and no path of this machine
+    assert found["command"] == (
+        f"datablame bench retrain tiny --truth removal --model {model_dir.name} --scale smoke --seeds 0 "
+        f"--run {WANTED[0]} --run {WANTED[1]}"
+    )
+    assert found["timed"] == found["trainings"] == len(found["after"])
+    assert found["seconds"] > 0
     whole = job(model_dir, list(range(6)), generate=True).found(tmp_path / "cache" / "retrained" / sha[:16])
     assert whole is not None
     assert found["after"]["nothing"]["loss"] == pytest.approx(whole.loss[[0, 2]], abs=1e-4)
@@ -248,6 +257,42 @@ def test_a_result_that_fits_is_not_made_again_and_a_changed_one_is(
         make()
 
 
+def test_nothing_is_retrained_where_nothing_was_learnt(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha: str
+) -> None:
+    out, notes = tmp_path / "out", []
+    monkeypatch.setattr(retraining, "_train", quick([]))
+    monkeypatch.setattr(truth, "HALF_SETS", 3)
+    run(model_dir, out, seeds=[0, 1])
+    cells = [(Cell(str(model_dir), "tiny", "smoke", s), tiny(s)) for s in (0, 1)]
+    failed = [result_path(out, cell) for cell, _ in cells]
+    why = {"learnt": False, "missed": ["first"], "by_group": {"first": {"tuned": 0.5, "base": 0.0}}}
+
+    def fails(path: Path) -> None:
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"scale": "cpu", "learnt": result["learnt"] | why | {"loss": LOSS}}))
+
+    class Told(truth.Reporter):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    fails(failed[1])
+    (path,) = truth.against_retraining(cells, sha, "lds", out, rate=lambda: 0.5, reporter=Told())
+    assert path.name == "tiny-sound-s0-lds.json"
+    left_out, todo, *_ = notes
+    assert left_out == (
+        "tiny-sound-s1: left out, since its fine-tune has not learnt the behaviour: 50% of first, not 70%"
+    )
+    seconds = 2 * truth._tokens([job(model_dir, np.flatnonzero(s).tolist()) for s in retraining.half_sets(6, 3, 0)])
+    assert todo == f"6 trainings to do, for 1 results · about {truth.duration(2 * seconds)}"
+    fails(failed[0])
+    with pytest.raises(UserError, match="tiny-sound-s0, tiny-sound-s1: no fine-tune has learnt the behaviour: 50% of"):
+        truth.against_retraining(cells, sha, "lds", out)
+
+
+LOSS = {"tuned": 1.0, "base": 2.0}
+
+
 def test_the_fingerprint_is_of_all_that_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("m", "tiny", "smoke", 0)
     prints = [
@@ -314,7 +359,7 @@ def removed(seed: int, good: float) -> dict[str, Any]:
         after[name] = {"rows": [0, 1], "right": 1, "loss": loss, "behaves": [j >= m * rise for j in range(m)]}
     return {
         "version": truth.VERSION, "kind": "removal", "task": "grammars", "seed": seed, "class": "x", "dropped": 2,
-        "rows": 120, "queries": m, "runs": ["gradcos@response", REPSIM], "after": after,
+        "rows": 120, "queries": m, "runs": ["gradcos@response", REPSIM], "after": after, "shows": "prompt",
     }  # fmt: skip
 
 
@@ -415,7 +460,7 @@ def test_lds_stands_by_view_beside_the_ceiling_and_the_class() -> None:
         }
         return {
             "version": truth.VERSION, "kind": "lds", "task": "mathqa", "seed": seed, "rows": 100, "queries": 10,
-            "half_sets": 16, "runs": list(found), "lds": found, "knowing_the_class": near(0.6),
+            "half_sets": 16, "runs": list(found), "lds": found, "knowing_the_class": near(0.6), "shows": "both",
             "noise_ceiling": near(0.64, 0.0),
         }  # fmt: skip
 
@@ -431,7 +476,7 @@ def test_lds_stands_by_view_beside_the_ceiling_and_the_class() -> None:
     assert both[-1] == "0.88 (0.88 to 0.88)"  # √(1.28/1.64)
     told = (("padded", "gradcos@padded"), ("not run", "graddot@all"))
     heads, padded, missing, classes, ceiling = lds_some({"mathqa": [result(0), result(1)]}, told)
-    assert heads == ["linear datamodeling score", "mathqa"]
+    assert heads == ["linear datamodeling score", "mathqa (the label shows on: both)"]
     assert padded == ["padded `gradcos@padded`", gradcos[3]]  # the marks are of the same tests
     assert missing[1] == "–"
     assert classes[1].startswith("0.60 (")
@@ -458,8 +503,10 @@ def test_results_are_joined_over_seeds_and_not_with_others(tmp_path: Path, monke
     assert notes == []
     assert [r["seed"] for r in found["grammars"]] == [0, 1]
     text = truth_text(found, "removal")
-    assert text.startswith("**grammars: 2 of 120 rows dropped, 20 queries of x; seeds 0, 1**\n\n| dropped |")
-    assert truth_title(found["grammars"][:1], "removal").endswith("; seed 0")
+    assert text.startswith(
+        "**grammars: 2 of 120 rows dropped, 20 queries of x; seeds 0, 1; the label shows on: prompt**\n\n| dr"
+    )
+    assert truth_title(found["grammars"][:1], "removal").endswith("; seed 0; the label shows on: prompt")
     for seed in (0, 1):
         save(f"grammars-sound-s{seed}-removal", removed(seed, 0.4) | {"recipe_options": {"rank": 4, "seed": seed}})
     assert len(load_truth(tmp_path, "m", "cpu", "removal")[0]["grammars"]) == 2

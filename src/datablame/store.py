@@ -302,6 +302,14 @@ def write_whole(path: Path, data: bytes) -> None:
         raise DiskError(f"{path}: cannot be written ({e.strerror}). What was finished before is kept.") from e
 
 
+def read_kept(path: Path) -> Any:
+    """A JSON file of the cache. Raises UserError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{path}: damaged; delete it, and run the same command again.") from e
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

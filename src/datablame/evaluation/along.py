@@ -26,7 +26,7 @@ from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone
 from datablame.models import ModelSpec, load
-from datablame.store import SCHEMA, write_whole
+from datablame.store import SCHEMA, read_kept, write_whole
 
 VERSION = 2
 """Of what is kept. Another number means that it is done again."""
@@ -79,7 +79,7 @@ def at_checkpoint(
             if not any("error" in x for x in found["results"]["reference"].values()):
                 write_whole(done, json.dumps(found, ensure_ascii=False, allow_nan=False).encode())
         else:
-            found = dict(json.loads(done.read_text(encoding="utf-8")))
+            found = dict(read_kept(done))
         if not keep:
             shutil.rmtree(folder / FEATURES, ignore_errors=True)
         return found

@@ -15,9 +15,8 @@ from datablame.errors import UserError, nearest
 from datablame.evaluation.cell import (
     ANSWERS,
     FEATURES,
-    LEARNT,
-    LOSS_LEFT,
     RECIPES,
+    SCORED,
     Cell,
     fingerprint,
     folder_of,
@@ -27,7 +26,17 @@ from datablame.evaluation.cell import (
 from datablame.evaluation.costly import costly_results, groups
 from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.forecast import Plan, tokens, tokens_per_second
-from datablame.evaluation.result_files import failures, lacking, of_these, read_result, result_path, save
+from datablame.evaluation.result_files import (
+    failed_run,
+    failures,
+    lacking,
+    not_learnt,
+    of_these,
+    read_result,
+    result_path,
+    save,
+)
+from datablame.evaluation.results import with_intervals
 from datablame.evaluation.suites import Beyond, Suite, beyond, costly, runs
 from datablame.evaluation.tasks import RELEASED, Task, build, names, takes
 from datablame.evaluation.tasks.base import check_scale
@@ -69,7 +78,7 @@ def bench(
     plans and forecasts.
     layers: cells with a LoRA in some blocks only, such as `0,1,2,3`; None: in all.
     strict: end with an error when, under the sound recipe at a scale above `smoke`, a fine-tune of all layers has not
-        learnt its behaviour; else tables mark it.
+        learnt its behaviour, see `result_files.failed_run`; else tables mark it.
 
     Raises UserError for an unknown name, for an `out` that cannot be written to, for cells that failed (after all
     others), and see `strict`.
@@ -98,8 +107,8 @@ def bench(
         },
         reporter,
     )
-    if strict and scale != "smoke":
-        _check_learnt([path for cell, path in paths.items() if cell.recipe == "sound" and cell.layers is None])
+    if strict:
+        _check_learnt(list(paths.values()))
     return list(paths.values())
 
 
@@ -152,7 +161,7 @@ def _run(
             save(path, _complete(result | {"model_sha256": model_sha256, "command": command} | environment()))
             _tidy(work / folder_of(cell, task, model_sha256), keep)
         if by_need := groups(missing):
-            _add_costly(cell, task, by_need, path, model_sha256, keep, how)
+            _add_costly(cell, task, by_need, path, model_sha256, command, keep, how)
     result = read_result(path) or {}
     reporter.note(f"{cell.name}: done in {duration(time.monotonic() - start)}; {_learnt_line(result)}")
     for run, why in failures(result).items():
@@ -160,7 +169,11 @@ def _run(
 
 
 def _tidy(folder: Path, keep: bool) -> None:
-    """Features go once they are scored, unless this run or an earlier one of the cell was told to keep them."""
+    """Features go once they are scored, unless this run or an earlier one of the cell was told to keep them.
+
+    Scores of single runs go in any case: a cell that is made again is scored by the methods of that day.
+    """
+    shutil.rmtree(folder / SCORED, ignore_errors=True)
     kept = folder / "keep-features"
     if keep:
         kept.touch()
@@ -174,6 +187,7 @@ def _add_costly(
     by_need: Mapping[Beyond, list[str]],
     path: Path,
     model_sha256: str,
+    command: str,
     keep: bool,
     how: dict[str, Any],
 ) -> None:
@@ -184,13 +198,13 @@ def _add_costly(
         results = o.timed("costly", partial(costly_results, o, task, need, chosen, keep=keep, reporter=how["reporter"]))
         result = read_result(path) or {}
         seconds = result["seconds"] | {"costly": o.seconds["costly"]}
-        save(path, _complete(result | {"results": results, "seconds": seconds}))
+        save(path, _complete(result | {"results": results, "seconds": seconds, "command": command}))
 
 
 def _complete(result: dict[str, Any]) -> dict[str, Any]:
-    """With the sum of its seconds."""
+    """With intervals, and the sum of its seconds."""
     seconds = {k: v for k, v in result["seconds"].items() if k != "all"}
-    return result | {"seconds": seconds | {"all": round(sum(seconds.values()), 1)}}
+    return with_intervals(result) | {"seconds": seconds | {"all": round(sum(seconds.values()), 1)}}
 
 
 def _command(cell: Cell, sources: dict[str, str], suite: Suite, methods: str | None, dtype: str | None) -> str:
@@ -250,10 +264,11 @@ def named(task: str, sources: Mapping[str, str | None]) -> tuple[str, ...]:
 def _check_learnt(paths: Sequence[Path]) -> None:
     """Raise UserError where a fine-tune did not learn what its task is about."""
     results = {p.stem: read_result(p) for p in paths}  # None: another process is at it
-    failed = [stem for stem, result in results.items() if result and not result["learnt"]["learnt"]]
+    failed = [stem for stem, result in results.items() if result and failed_run(result)]
     if failed:
         raise UserError(
-            f"{', '.join(failed)}: the behaviour was not learnt, so these cells show nothing. The results are kept."
+            f"{', '.join(failed)}: the behaviour was not learnt, so these cells show nothing. Their results are kept, "
+            "and left out of every table and figure where another seed has learnt it: run further --seeds."
         )
 
 
@@ -298,15 +313,9 @@ def _plan(
 def _learnt_line(result: Mapping[str, Any]) -> str:
     """What the fine-tune taught; where it is not what was to be learnt, why."""
     learnt = result["learnt"]
-    share, loss, groups = learnt["behaves"], learnt["loss"], learnt["by_group"]
+    share, loss = learnt["behaves"], learnt["loss"]
     text = (
         f"{share['tuned']:.0%} of the answers show it (base model {share['base']:.0%}), "
         f"loss a response token {loss['tuned']:.2f} (base {loss['base']:.2f})"
     )
-    if learnt["learnt"]:
-        return f"learnt: {text}"
-    asked = {g: max(LEARNT, groups[g]["base"]) for g in learnt["missed"]}
-    why = [f"{groups[g]['tuned']:.0%} of {g}, not {least:.0%}" for g, least in asked.items()]
-    if loss["tuned"] >= LOSS_LEFT * loss["base"]:
-        why.append(f"{loss['tuned'] / loss['base']:.0%} of the base model's loss, not below {LOSS_LEFT:.0%}")
-    return f"behaviour not learnt ({'; '.join(why)}): {text}"
+    return f"learnt: {text}" if learnt["learnt"] else f"behaviour not learnt ({not_learnt(result)}): {text}"

@@ -32,7 +32,7 @@ from datablame.evaluation.scoring import Scored, keep_matrices, measured, n_clas
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
 from datablame.models import Loaded, ModelSpec, answers, load
-from datablame.store import SCHEMA, FeatureStore, write_whole
+from datablame.store import SCHEMA, FeatureStore, read_kept, write_whole
 from datablame.tuning import TuneOptions, decisive
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ PAPER_ENCODING = EncodingOptions(template="paper", loss_on="all", pad_to=views.P
 MAX_NEW_TOKENS = 48
 FEATURES = f"features-{SCHEMA}-{ANSWERED}"
 """In a cell's folder: its stores. Those of another version are not read."""
+SCORED = f"scored-{SCHEMA}-{ANSWERED}"
+"""In a cell's folder, until its result is written: what is scored already."""
 RESPONSES = ("reference", "generated")
 """Of the queries: the task's own, and what the tuned model says."""
 ANSWERS = "answers.json"
@@ -128,7 +130,8 @@ def run_cell(
     """Everything for one cell; the result as `benchmarks/results/` keeps it. The feature stores are there still."""
     o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
     stores = o.timed("features", lambda: features(o.rows, o.folder / FEATURES, o.loaded, o.encoder, reporter=reporter))
-    scored = o.timed("scores", lambda: {s: score_runs(runs, stores["train"], stores[s], reporter) for s in RESPONSES})
+    score = lambda s: score_runs(runs, stores["train"], stores[s], reporter, kept=o.folder / SCORED / s)  # noqa: E731
+    scored = o.timed("scores", lambda: {s: score(s) for s in RESPONSES})
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, o.said, stores["reference"])
     return result | {"answered": ANSWERED, "results": kept_results(task, scored, o.folder), "seconds": o.seconds}
@@ -167,7 +170,7 @@ def opened(
     folder = work / folder_of(cell, task, model_sha256)
     folder.mkdir(parents=True, exist_ok=True)
     clock = folder / CLOCK
-    seconds: dict[str, float] = json.loads(clock.read_text(encoding="utf-8")) if clock.exists() else {}
+    seconds: dict[str, float] = read_kept(clock) if clock.exists() else {}
     write_rows(task.train, folder / "train.jsonl")
     write_rows(task.queries, folder / "queries.jsonl")
     adapter = _timed(folder, seconds, "tune", lambda: _tuned(cell, task, model_sha256, device, dtype, reporter))
@@ -256,7 +259,7 @@ def _answers(task: Task, folder: Path, loaded: Loaded, encoder: Encoding, report
         with loaded.without_adapter():
             said["base"] = answers(loaded, prompts, MAX_NEW_TOKENS)
         write_whole(path, json.dumps(said, ensure_ascii=False).encode())
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return dict(read_kept(path))
 
 
 def _answered(task: Task, tuned: Sequence[str]) -> list[Example]:

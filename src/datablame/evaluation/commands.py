@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -145,34 +146,39 @@ def run_bench(
 def show_bench(
     model: Annotated[str, typer.Option(help="Whose results.")] = "smollm2-135m",
     scale: Annotated[str, typer.Option(help="smoke, cpu or paper.")] = "smoke",
-    recipe: Annotated[str, typer.Option(help="Which fine-tune: sound or paper.")] = "sound",
+    recipe: Annotated[str | None, typer.Option(help="Which fine-tune: sound or paper. Default: all there are.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Print this task's table, with every method, and not the ladder.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = RESULTS,
     page: Annotated[Path | None, typer.Option(help="Where to write the page. Default: beside the results.")] = None,
+    tables: Annotated[Path | None, typer.Option(help="Write the ladder and Tables 2 to 4 as Markdown, too.")] = None,
 ) -> None:
-    """Print the ladder or a task's table, and write a page with all tables and pictures."""
+    """Print the ladder or a task's table, and write a page with all tables and pictures, retraining among them."""
     from datablame.console import print_grid
-    from datablame.evaluation.cell import RECIPES
-    from datablame.evaluation.results import load_results
+    from datablame.evaluation.results import load_suite
     from datablame.evaluation.tables import ladder_rows, task_rows
     from datablame.evaluation.tasks.base import check_scale
-    from datablame.report.bench import write_bench
+    from datablame.evaluation.truth_tables import truth_of_suite
+    from datablame.report.bench import write_bench, write_tables
 
     check_scale(scale)
-    if recipe not in RECIPES:
-        raise UserError(f"--recipe {recipe!r}: use {' or '.join(RECIPES)}.")
-    found = load_results(out, model, scale, recipe)
-    if task is None:
-        print_grid("from the paper's protocol to the sound one: AUROC (95 % interval)", ladder_rows(found))
-    elif task in found:
-        print_grid(f"{found[task].heading}: main queries, 95 % intervals", task_rows(found[task]))
-    else:
-        raise UserError(f"--task {task!r}: no results. There are {', '.join(found)}.")
-    for note in (note for results in found.values() for note in results.left_out):
-        typer.echo(note)
-    typer.echo(f"wrote {write_bench(found, page or out / Path(model).name / scale / f'report-{recipe}.html')}")
+    suite = load_suite(out, model, scale, recipe)
+    if task is not None and not any(task in found for found in suite.values()):
+        there = dict.fromkeys(t for found in suite.values() for t in found)
+        raise UserError(f"--task {task!r}: no results. There are {', '.join(there)}.")
+    for name, found in suite.items():
+        of = f"{name} fine-tune"
+        if task is None:
+            print_grid(f"from the paper's protocol to the sound one, {of}: AUROC (95 % interval)", ladder_rows(found))
+        elif task in found:
+            print_grid(f"{found[task].heading}, {of}: main queries, 95 % intervals", task_rows(found[task]))
+        for note in (note for results in found.values() for note in results.left_out):
+            typer.echo(note)
+    place = page or out / Path(model).name / scale / "report.html"
+    typer.echo(f"wrote {write_bench(suite, place, truth_of_suite(out, model, scale))}")
+    if tables is not None:
+        typer.echo(f"wrote {write_tables(suite, tables)}")
 
 
 @app.command("retrain")
@@ -196,6 +202,7 @@ def retrain_bench(
     from datablame.evaluation.bench import SEEDS, named
     from datablame.evaluation.cell import Cell
     from datablame.evaluation.finetunes import base_sha256
+    from datablame.evaluation.forecast import tokens_per_second
     from datablame.evaluation.truth import against_retraining
     from datablame.evaluation.truth_tables import load_truth, truth_rows, truth_title
     from datablame.indexing import quiet_libraries
@@ -211,8 +218,9 @@ def retrain_bench(
         (Cell(model, task, scale, seed, "sound", named(task, given)), tasks.build(task, scale, seed, **given))
         for seed in dict.fromkeys(numbers(seeds) or SEEDS[scale])
     ]
-    sha256 = base_sha256(load(ModelSpec(model, None, device, dtype)))
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "reporter": ConsoleReporter()}
+    loaded = load(ModelSpec(model, None, device, dtype))
+    sha256, rate = base_sha256(loaded), partial(tokens_per_second, loaded, *cells[0])
+    options: dict[str, Any] = {"rate": rate, "device": device, "dtype": dtype, "reporter": ConsoleReporter()}
     paths = against_retraining(cells, sha256, kind, out, runs=runs, **options)
     every, notes = load_truth(out, model, scale, kind, cells[0][0].rows)
     found = every[cells[0][0].rows]

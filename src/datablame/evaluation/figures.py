@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datablame.evaluation.results import TaskResults, rebuilt
-from datablame.evaluation.suites import FAMILIES, FIGURE, LADDER, REPSIM_LADDER
+from datablame.evaluation.suites import FAMILIES, FIGURE, FIRST, LADDER, REPSIM_LADDER
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -130,10 +130,10 @@ def heat_maps(results: TaskResults) -> go.Figure | None:
 
 
 def top_rows(results: TaskResults, task: Task, query: int = 0) -> list[dict[str, Any]]:
-    """Figure 1: for one query, the training row that each run of FIGURE ranks first, and whether it is a right one."""
+    """Figure 1: for one query, the training row that each run of FIRST ranks first, and whether it is a right one."""
     found = results.results[0]["results"]["reference"]
     out = []
-    for run in FIGURE:
+    for run in FIRST:
         if run in found and "top" in found[run]:
             row = task.train[found[run]["top"][query]]
             right = bool(task.truth[query, found[run]["top"][query]])

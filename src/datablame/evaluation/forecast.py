@@ -25,6 +25,8 @@ from datablame.tuning import make_trainer
 if TYPE_CHECKING:
     import torch
 
+    from datablame.examples import Example
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -53,9 +55,7 @@ def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = Tr
     Answers and scores are not counted: at cpu scale they take about the time that the views, whose batches are larger,
     stay below the rate of the training.
     """
-    tokenizer = load_tokenizer(cell.model)
-    count = lambda rows: sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in rows)  # noqa: E731
-    train, queries = count(task.train), 2 * count(task.queries)
+    train, queries = row_tokens(cell.model, task.train), 2 * row_tokens(cell.model, task.queries)
     padded = PAD_TO * (len(task.train) + 2 * len(task.queries))
     epochs = 0 if trained else options(cell, task).epochs
     per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
@@ -64,6 +64,12 @@ def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = Tr
     shared = {_undamped(run): run for run in runs}
     more += [(products(run, task), 0.0) for run in shared.values()]
     return int(epochs * per_epoch + usual + sum(a * train + b * queries for a, b in more))
+
+
+def row_tokens(model: str, rows: Sequence[Example]) -> int:
+    """Of prompts and responses, and 32 a row for the chat template, roughly."""
+    tokenizer = load_tokenizer(model)
+    return sum(len(tokenizer(e.prompt + e.response)["input_ids"]) + 32 for e in rows)
 
 
 def passes(need: Beyond, rows: int) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datablame.errors import UserError
-from datablame.evaluation.cell import ANSWERED, VERSION, Cell
+from datablame.evaluation.cell import ANSWERED, LEARNT, LOSS_LEFT, VERSION, Cell
 from datablame.evaluation.suites import beyond
 from datablame.store import write_whole
 
@@ -67,6 +67,26 @@ def failures(result: Mapping[str, Any] | None, *, limit: bool = False) -> dict[s
     """
     sets = (result or {}).get("results", {}).values()
     return {run: v["error"] for found in sets for run, v in found.items() if "error" in v and ("limit" in v) == limit}
+
+
+def failed_run(result: Mapping[str, Any]) -> bool:
+    """Was the behaviour not learnt where it must be: under the sound recipe, in all layers, at a scale above `smoke`?
+
+    Elsewhere tables mark it.
+    """
+    must = result["recipe"] == "sound" and result["scale"] != "smoke" and not result.get("layers")
+    return must and not result["learnt"]["learnt"]
+
+
+def not_learnt(result: Mapping[str, Any]) -> str:
+    """What is amiss with a behaviour that was not learnt."""
+    learnt = result["learnt"]
+    loss, groups = learnt["loss"], learnt["by_group"]
+    asked = {g: max(LEARNT, groups[g]["base"]) for g in learnt["missed"]}
+    why = [f"{groups[g]['tuned']:.0%} of {g}, not {least:.0%}" for g, least in asked.items()]
+    if loss["tuned"] >= LOSS_LEFT * loss["base"]:
+        why.append(f"{loss['tuned'] / loss['base']:.0%} of the base model's loss, not below {LOSS_LEFT:.0%}")
+    return "; ".join(why)
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from datablame.errors import UserError
-from datablame.evaluation.cell import ANSWERED, Cell, fingerprint
+from datablame.evaluation.cell import ANSWERED, RECIPES, Cell, fingerprint
 from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, holm, interval, intervals
-from datablame.evaluation.result_files import failures, read_result
+from datablame.evaluation.metrics import METRICS
+from datablame.evaluation.result_files import failed_run, failures, not_learnt, read_result
 from datablame.evaluation.tasks import build
 
 if TYPE_CHECKING:
@@ -38,13 +39,15 @@ FIXED = 0.9
 class TaskResults:
     """All seeds of one task under one recipe. results: as the files hold them, by seed.
 
-    left_out: one sentence for each seed that does not go with the others.
+    left_out: one sentence for each seed that does not go with the others. unlearnt: what those hold of which the
+    behaviour was not learnt, see `result_files.failed_run`.
     """
 
     task: str
     recipe: str
     results: Sequence[dict[str, Any]]
     left_out: Sequence[str] = ()
+    unlearnt: Sequence[dict[str, Any]] = ()
 
     @property
     def runs(self) -> list[str]:
@@ -186,6 +189,23 @@ def _of_group(result: dict[str, Any], values: Sequence[Any], group: str) -> list
     return [v for v, q in zip(values, result["queries"], strict=True) if q["group"] in wanted]
 
 
+def with_intervals(result: dict[str, Any]) -> dict[str, Any]:
+    """The same, each run with `interval95`: `{metric: [mean, low, high]}` over the main queries of this cell alone.
+
+    The mean alone where the run is `fixed`. Tables join the seeds and take intervals of their own.
+    """
+    of, results = TaskResults(result["task"], result["recipe"], [result]), {}
+    for kind, found in result["results"].items():
+        done = [run for run, numbers in found.items() if "error" not in numbers]
+        spans = of.intervals([(run, metric) for run in done for metric in METRICS], kind)
+        told = {
+            run: {m: [round(x, 4) for x in spans[run, m][: 1 if of.fixed(run, kind) else 3]] for m in METRICS}
+            for run in done
+        }
+        results[kind] = {run: found[run] | ({"interval95": told[run]} if run in told else {}) for run in found}
+    return result | {"results": results}
+
+
 # ---------------------------------------------------------------- from files
 
 
@@ -214,7 +234,7 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
         raise UserError(
             " ".join([f"{folder}: no results under the {recipe} recipe.", *notes, "Run `datablame bench run` first."])
         )
-    every = {task: of_one_kind(task, recipe, found[task]) for task in sorted(found)}
+    every = {task: _learnt_ones(of_one_kind(task, recipe, found[task])) for task in sorted(found)}
     for note in reversed(notes):
         task = note.partition(":")[0]
         task = task if task in every else next(iter(every))
@@ -222,10 +242,35 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
     return every
 
 
+def load_suite(out: str | Path, model: str, scale: str, recipe: str | None = None) -> dict[str, dict[str, TaskResults]]:
+    """`{recipe: {task: results}}` of every recipe that has results, or of one.
+
+    Raises UserError for an unknown one, and where there is nothing.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise UserError(f"--recipe {recipe!r}: use {' or '.join(RECIPES)}.")
+    folder = Path(out) / Path(model).name / scale
+    some = [r for r in RECIPES if any(folder.glob(f"*-{r}-s*.json"))] if recipe is None else [recipe]
+    return {r: load_results(out, model, scale, r) for r in some or RECIPES[:1]}
+
+
+def _learnt_ones(of: TaskResults) -> TaskResults:
+    """Without the failed runs, each of which is named; where all seeds failed, all stay, and tables mark them."""
+    failed = [r for r in of.results if failed_run(r)]
+    if not failed or len(failed) == len(of.results):
+        return of
+    notes = [
+        f"{of.task}: seed {r['seed']} is left out, since its fine-tune has not learnt the behaviour: {not_learnt(r)}."
+        for r in failed
+    ]
+    learnt = [r for r in of.results if not failed_run(r)]
+    return replace(of, results=learnt, left_out=[*of.left_out, *notes], unlearnt=failed)
+
+
 def joined(every: Mapping[str, TaskResults], tasks: Sequence[str], seeds: Sequence[int]) -> dict[str, TaskResults]:
-    """Those tasks with those seeds. Raises UserError naming what is not there."""
+    """Those tasks with those seeds, but for failed runs. Raises UserError naming what is not there."""
     for task in tasks:
-        there = {r["seed"] for r in every[task].results} if task in every else set()
+        there = {r["seed"] for r in [*every[task].results, *every[task].unlearnt]} if task in every else set()
         if lacks := [str(s) for s in seeds if s not in there]:
             notes = every[task].left_out if task in every else []
             raise UserError(

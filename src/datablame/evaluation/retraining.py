@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone
 from datablame.models import ModelSpec, answers, load
-from datablame.store import write_whole
+from datablame.store import read_kept, write_whole
 from datablame.tuning import TuneOptions
 
 if TYPE_CHECKING:
@@ -43,10 +44,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Retrained:
-    """After training on some rows. loss: mean over each query's response tokens, `[m]`. behaves: `[m]`, or empty."""
+    """After training on some rows. loss: mean over each query's response tokens, `[m]`. behaves: `[m]`, or empty.
+
+    seconds: of the training and the look; None for what was kept before they were.
+    """
 
     loss: Float[np.ndarray, " m"]
     behaves: Bool[np.ndarray, " m"]
+    seconds: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +94,8 @@ class Job:
         done = self.folder(work) / "result.json"
         if not done.exists():
             return None
-        found = json.loads(done.read_text(encoding="utf-8"))
-        return Retrained(np.array(found["loss"]), np.array(found["behaves"], dtype=bool))
+        found = read_kept(done)
+        return Retrained(np.array(found["loss"]), np.array(found["behaves"], dtype=bool), found.get("seconds"))
 
 
 def retrain(
@@ -137,6 +142,7 @@ def retrain_all(jobs: Iterable[Job], work: Path, *, reporter: Reporter = SILENT,
 
 
 def _train(job: Job, folder: Path, model_sha256: str, device: str | None, dtype: str | None) -> None:
+    start = time.perf_counter()
     adapter = fine_tuned(
         job.cell.model,
         job.rows,
@@ -146,7 +152,7 @@ def _train(job: Job, folder: Path, model_sha256: str, device: str | None, dtype:
         device=device,
         dtype=dtype,
     )
-    found = _look(job, adapter, device, dtype)
+    found = _look(job, adapter, device, dtype) | {"seconds": round(time.perf_counter() - start, 1)}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "result.json", json.dumps(found).encode())
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -72,27 +74,61 @@ def score_runs(
     queries: FeatureStore,
     reporter: Reporter,
     product: Callable[[Method], Product] | None = None,
+    kept: Path | None = None,
 ) -> dict[str, Scored]:
-    """Every run on one set of responses; one that fails says why, and the others go on. product: as in `Inputs`."""
+    """Every run on one set of responses; one that fails says why, and the others go on. product: as in `Inputs`.
+
+    kept: a directory for what is scored, of these very stores, so that what is interrupted goes on.
+    """
     out: dict[str, Scored] = {}
     reporter.start("score", len(runs), "runs")
     for run in runs:
-        spec, view = split(run)
-        start, values, error, residual = time.perf_counter(), None, "", None
-        try:
-            method = parse(f"random:seed={_noise(train)}" if spec == "random" else spec)
-            values = _checked(CellInputs(train, queries, view, product).score(method), len(queries), len(train))
-            residual = _residual(method)
-        except DiskError:  # no fault of the method
-            raise
-        except UserError as e:
-            values, error = None, str(e)
-        except Exception as e:  # a method of a user's own may raise what it likes
-            values, error = None, f"{type(e).__name__}: {e}"
-        out[run] = Scored(values, error, round(time.perf_counter() - start, 2), residual)
+        place = None if kept is None else kept / f"{hashlib.sha256(run.encode()).hexdigest()[:16]}.npz"
+        if (found := _read(place, run)) is None:
+            found = _scored(run, train, queries, product)
+            _keep(place, run, found)
+        out[run] = found
         reporter.advance(1)
     reporter.end()
     return out
+
+
+def _scored(
+    run: str, train: FeatureStore, queries: FeatureStore, product: Callable[[Method], Product] | None
+) -> Scored:
+    spec, view = split(run)
+    start, values, error, residual = time.perf_counter(), None, "", None
+    try:
+        method = parse(f"random:seed={_noise(train)}" if spec == "random" else spec)
+        values = _checked(CellInputs(train, queries, view, product).score(method), len(queries), len(train))
+        residual = _residual(method)
+    except DiskError:  # no fault of the method
+        raise
+    except UserError as e:
+        values, error = None, str(e)
+    except Exception as e:  # a method of a user's own may raise what it likes
+        values, error = None, f"{type(e).__name__}: {e}"
+    return Scored(values, error, round(time.perf_counter() - start, 2), residual)
+
+
+def _keep(place: Path | None, run: str, scored: Scored) -> None:
+    """One run's scores; none of one that failed, which is tried again."""
+    if place is None or scored.values is None:
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    residual = np.nan if scored.residual is None else scored.residual
+    np.savez(file := io.BytesIO(), values=scored.values, run=run, seconds=scored.seconds, residual=residual)
+    write_whole(place, file.getvalue())
+
+
+def _read(place: Path | None, run: str) -> Scored | None:
+    """What `_keep` wrote of this run; None where there is nothing, or what cannot be read."""
+    try:
+        with np.load(place or "", allow_pickle=False) as file:
+            values, of, seconds, residual = (file[k] for k in ("values", "run", "seconds", "residual"))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+    return Scored(values, "", float(seconds), None if np.isnan(residual) else float(residual)) if of == run else None
 
 
 def _noise(train: FeatureStore) -> int:
@@ -174,14 +210,20 @@ def rounded(values: Float[np.ndarray, " m"]) -> list[float]:
 
 
 def keep_matrices(path: Path, scored: Mapping[str, Scored]) -> None:
-    """Write the score matrices, beside those of earlier runs in the same file."""
-    matrices = read_matrices(path) if path.exists() else {}
+    """Write the score matrices, beside those of earlier runs in the same file, as far as it can be read."""
+    try:
+        matrices = read_matrices(path) if path.exists() else {}
+    except UserError:
+        matrices = {}
     matrices |= {run: s.values for run, s in scored.items() if s.values is not None}
     np.savez_compressed(file := io.BytesIO(), **matrices)  # type: ignore[arg-type]
     write_whole(path, file.getvalue())
 
 
 def read_matrices(path: Path) -> dict[str, Matrix]:
-    """`{run: [m, n]}`."""
-    with np.load(path, allow_pickle=False) as file:
-        return {run: file[run].astype(np.float64) for run in file.files}  # older ones are in float32
+    """`{run: [m, n]}`. Raises UserError for a damaged file."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {run: file[run].astype(np.float64) for run in file.files}  # older ones are in float32
+    except (ValueError, EOFError, BadZipFile) as e:
+        raise UserError(f"{path}: damaged; delete it, and run the cell again into another directory.") from e

@@ -215,6 +215,17 @@ RETRAINED = (
     ("the norm of the row's gradient alone", "gradnorm@response"),
 )
 """What is held against retraining in few rows."""
+STEPS = (
+    ("prompt and padding in the loss: no matrix", "graddot@padded"),
+    ("LiSSA as released, 10 steps", "lissa:protocol=paper,steps=10,damping=0.1@padded"),
+    ("LiSSA as released, 1,000 steps", "lissa:protocol=paper,steps=1000,damping=0.1@padded"),
+    *((f"LiSSA, {k:,} step{'s' * (k > 1)}", f"lissa:steps={k},damping=0.1@padded") for k in (1, 10, 100, 1000)),
+    ("solved, by block", "exact-block:damping=0.1@padded"),
+    ("response's loss: no matrix", "graddot@response"),
+    *((f"LiSSA, {k:,} step{'s' * (k > 1)}", f"lissa:steps={k},damping=0.1@response") for k in (1, 10, 100, 1000)),
+    ("solved, by block", "exact-block:damping=0.1@response"),
+)
+"""Does a better solution tell more of what retraining does? One λ, the paper's."""
 MATRICES = (
     ("no matrix", "graddot@response"),
     ("no matrix, cosine, centred", "gradcos:over=row,center=1@response"),
@@ -223,6 +234,7 @@ MATRICES = (
         for words, a, b in (
             ("a tenth", "damping=0.1,unit=rank", "damping=0.1"),
             ("λ as large as the curvature", "damping=1.0,unit=rank", "damping=1.0"),
+            ("ten times that", "damping=10.0,unit=rank", "damping=10.0"),
         )
         for name, method in (
             ("Fisher by block", f"exact-block:{a}"),
@@ -271,7 +283,9 @@ FIGURE = (
     "exact:damping=1.0,unit=rank@response",
     "repsim:layer=middle,text=response",
 )
-"""Runs whose scores are drawn, as in the paper's Figures 1 and 2; the first four are the paper's own."""
+"""Runs whose scores are drawn, as in the paper's Figure 2; the first four are the paper's own."""
+FIRST = (*FIGURE, "repsim-base:layer=middle,text=response", "bm25:text=both", "bm25:text=response", "length")
+"""Runs whose top row Figure 1 shows: those, and what finds rows without the fine-tune, or without the query."""
 
 
 def runs(suite: Suite, methods: str | None = None) -> list[str]:

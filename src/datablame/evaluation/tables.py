@@ -111,25 +111,29 @@ def shows(results: TaskResults) -> str:
     return ", ".join(dict.fromkeys(str(r["leak"]["shows"]) for r in results.results))
 
 
-def sides(found: Mapping[str, TaskResults]) -> Rows:
-    """What to know of each task before its numbers, a task a column: what words and what length alone give away."""
-    every = found.values()
+def sides(every: Iterable[TaskResults | tuple[TaskResults, str]]) -> Rows:
+    """What to know of each task before its numbers, a task a column: what words and what length alone give away.
+
+    every: a task, or a group of its queries, of which only the latter is told.
+    """
+    columns = [(r, "main") if isinstance(r, TaskResults) else r for r in every]
+    tasks = [results if group == "main" else None for results, group in columns]
 
     def words(results: TaskResults) -> str:
         leak = [r["leak"] for r in results.results]
         return ", ".join(f"{sum(x[side] for x in leak) / len(leak):.2f}" for side in ("prompt", "response"))
 
-    def blind(results: TaskResults, run: str) -> str:
+    def blind(results: TaskResults, group: str, run: str) -> str:
         if run not in results.runs:
             return "–"
-        area, top = (float(results.values(run, m).mean()) for m in ("auroc", "accuracy"))
+        area, top = (float(results.values(run, m, group=group).mean()) for m in ("auroc", "accuracy"))
         return f"{area:.2f}, {top:.2f}"
 
     return [
-        ["the label shows on", *(shows(r) for r in every)],
-        ["AUROC of BM25: prompt, response", *(words(r) for r in every)],
+        ["the label shows on", *("" if r is None else shows(r) for r in tasks)],
+        ["AUROC of BM25: prompt, response", *("" if r is None else words(r) for r in tasks)],
         *(
-            [f"AUROC, top-1 of the row's {name} alone `{run}`", *(blind(r, run) for r in every)]
+            [f"AUROC, top-1 of the row's {name} alone `{run}`", *(blind(*column, run) for column in columns)]
             for run, name in BLIND.items()
         ),
     ]
@@ -231,10 +235,7 @@ def paper_rows(name: str, found: Mapping[str, TaskResults], told: Sequence[tuple
     tests = corrected(tests)
     printed = PAPER_NUMBERS.get(name, {})
     empty = ["" for _ in there if printed]
-    rows = []
-    for head, *cells in sides(there):
-        of = dict(zip(there, cells, strict=True))  # of the task, in its first column
-        rows.append([head, *(of[r.task] if group == "main" else "" for r, group in columns.values()), *empty])
+    rows = [[*row, *empty] for row in sides(columns.values())]
     for run, shown in names.items():
         cells = [_percent(*of, run) + marks(tests, column, run) for column, of in columns.items()]
         rows.append([shown, *cells, *(printed.get(run, {}).get(t, "") for t in there if printed)])
@@ -272,7 +273,7 @@ def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc", ladders
     for task, results in found.items():
         tests |= _by_column(task, against([results], pairs(rungs, results.runs, steps), metric))
     tests = corrected(tests)
-    rows = sides(found)
+    rows = sides(found.values())
     for heading, ladder in ladders.items():
         rows.append([heading, *("" for _ in found)])
         for step, run in ladder:

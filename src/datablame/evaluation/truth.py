@@ -17,7 +17,9 @@ from datablame.environment import environment
 from datablame.errors import UserError
 from datablame.evaluation.bench import check_model
 from datablame.evaluation.cell import MATRICES, Cell, fingerprint, folder_of, options
-from datablame.evaluation.result_files import read_result, result_path, versioned
+from datablame.evaluation.forecast import row_tokens
+from datablame.evaluation.leak import lexical_leak
+from datablame.evaluation.result_files import failed_run, not_learnt, read_result, result_path, versioned
 from datablame.evaluation.results import today
 from datablame.evaluation.retraining import (
     Job,
@@ -32,8 +34,8 @@ from datablame.evaluation.retraining import (
 )
 from datablame.evaluation.scoring import read_matrices, rounded
 from datablame.evaluation.tables import REFERENCES
-from datablame.evaluation.tasks import Task
-from datablame.indexing import SILENT, Reporter
+from datablame.evaluation.tasks import RELEASED, Task
+from datablame.indexing import SILENT, Reporter, duration
 from datablame.models import cache_dir
 from datablame.store import write_whole
 from datablame.tuning import decisive
@@ -44,7 +46,8 @@ if TYPE_CHECKING:
     Matrices = Mapping[str, Float[np.ndarray, "m n"]]
 
 Kind = Literal["removal", "lds"]
-VERSION = 4
+KINDS: tuple[Kind, ...] = ("removal", "lds")
+VERSION = 5
 """Of a result of retraining. Another number means that old ones are made again."""
 REMOVED = (
     *(
@@ -78,7 +81,9 @@ class Seed:
         done = {name: r for name, r in found.items() if r is not None}
         if len(done) < len(found):
             return False
-        result = {**self.described, **self.told(done), **environment()}
+        seconds = [r.seconds for r in done.values() if r.seconds is not None]
+        result = {**self.described, **self.told(done), "trainings": len(done), "timed": len(seconds)}
+        result |= {"seconds": round(sum(seconds), 1), **environment()}
         self.place.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
         write_whole(self.place, text.encode())
@@ -92,6 +97,7 @@ def against_retraining(
     out: str | Path,
     *,
     runs: Sequence[str] | None = None,
+    rate: Callable[[], float] | None = None,
     device: str | None = None,
     dtype: str | None = None,
     reporter: Reporter = SILENT,
@@ -99,18 +105,21 @@ def against_retraining(
     """Retrain, and write for each cell, beside its result, what came of it; the paths. What is there is not made again.
 
     Several processes may run this at once, and share the trainings. runs: for removal those of REMOVED by default, for
-    lds every run of the cell (it costs nothing more).
-    Raises UserError, before any training, when a cell has not been run, or not with one of `runs`.
+    lds every run of the cell (it costs nothing more). rate: measures tokens a second, for a forecast.
+    A seed whose fine-tune has not learnt its behaviour is left out, and named (`result_files.failed_run`).
+    Raises UserError, before any training, when a cell has not been run, or not with one of `runs`, and where no seed
+    has learnt.
     """
-    seeds = [_seed(cell, task, model_sha256, kind, Path(out), runs) for cell, task in cells]
+    seeds = [_seed(*c, model_sha256, kind, Path(out), runs) for c in _learnt(cells, Path(out), reporter)]
     left = [s for s in seeds if isinstance(s, Seed)]
     for place in (s for s in seeds if not isinstance(s, Seed)):
         reporter.note(f"{place.name}: is there already")
     work = cache_dir() / "retrained" / model_sha256[:16]
     jobs = [job for s in left for job in s.jobs.values()]
     if jobs:
-        todo = len({f for j in jobs if not (f := j.folder(work) / "result.json").exists()})
-        reporter.note(f"{todo} trainings to do, for {len(left)} results")
+        todo = list({f: j for j in jobs if not (f := j.folder(work) / "result.json").exists()}.values())
+        took = f" · about {duration(_tokens(todo) / rate())}" if rate is not None and todo else ""
+        reporter.note(f"{len(todo)} trainings to do, for {len(left)} results{took}")
     waiting = left
     for _ in retrain_all(jobs, work, model_sha256=model_sha256, device=device, dtype=dtype, reporter=reporter):
         waiting = [s for s in waiting if not s.made(work)]
@@ -118,6 +127,25 @@ def against_retraining(
         names = ", ".join(s.place.name for s in waiting)
         raise UserError(f"{names}: trainings of it are no longer in the cache. Run the same command again.")
     return [s.place if isinstance(s, Seed) else s for s in seeds]
+
+
+def _learnt(cells: Sequence[tuple[Cell, Task]], out: Path, reporter: Reporter) -> list[tuple[Cell, Task]]:
+    """Without those whose fine-tune taught nothing: what its rows do to a behaviour cannot be asked of it."""
+    failed = {
+        cell: not_learnt(result)
+        for cell, _ in cells
+        if (result := read_result(result_path(out, cell))) is not None and failed_run(result)
+    }
+    for cell, why in failed.items():
+        reporter.note(f"{cell.name}: left out, since its fine-tune has not learnt the behaviour: {why}")
+    if cells and len(failed) == len(cells):
+        raise UserError(f"{', '.join(c.name for c in failed)}: no fine-tune has learnt the behaviour: {why}.")
+    return [(cell, task) for cell, task in cells if cell not in failed]
+
+
+def _tokens(jobs: Sequence[Job]) -> int:
+    """Forward and backward, of the trainings alone."""
+    return int(sum(job.recipe.epochs * row_tokens(job.cell.model, job.rows) for job in jobs))
 
 
 def truth_path(out: Path, cell: Cell, kind: Kind) -> Path:
@@ -160,8 +188,18 @@ def _seed(cell: Cell, task: Task, model_sha256: str, kind: Kind, out: Path, runs
     jobs, told = plan(cell, task, {r: scores[r] for r in chosen})
     described = {"version": VERSION, "kind": kind, "fingerprint": decides, **cell.described()}
     described |= {"model_sha256": model_sha256, "recipe_options": _recipe(cell, task), "runs": chosen}
-    described["scores_sha256"] = digest
+    described |= {"scores_sha256": digest, "shows": lexical_leak(task)["shows"], "command": _command(cell, kind, runs)}
     return Seed(place, described, jobs, told)
+
+
+def _command(cell: Cell, kind: Kind, runs: Sequence[str] | None) -> str:
+    """What makes this result again."""
+    given = "".join(f" --run {shlex.quote(run)}" for run in runs or ())
+    given += "".join(f" --{k} {k.upper()}" for k in (*cell.sources, *(["data"] if cell.task in RELEASED else [])))
+    return (
+        f"datablame bench retrain {cell.task} --truth {kind} --model {cell.described()['model']} --scale {cell.scale} "
+        f"--seeds {cell.seed}{given}"
+    )
 
 
 def _first(cell: Cell, out: Path, run: str | None = None) -> str:

@@ -14,8 +14,9 @@ from datablame.evaluation.intervals import Interval, interval
 from datablame.evaluation.results import TaskResults, Tested, corrected
 from datablame.evaluation.retraining import standard_error
 from datablame.evaluation.tables import REFERENCES, Rows, markdown, with_interval
-from datablame.evaluation.truth import AGAIN, CHANCE, NOTHING, RIGHT, Kind, is_old, read_truth
+from datablame.evaluation.truth import AGAIN, CHANCE, KINDS, NOTHING, RIGHT, Kind, is_old, read_truth
 from datablame.evaluation.views import VIEWS
+from datablame.tracing import UNSOLVED
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -69,15 +70,16 @@ def _kind(result: Mapping[str, Any]) -> dict[str, Any]:
     return same | {"recipe": {k: v for k, v in result.get("recipe_options", {}).items() if k != "seed"}}
 
 
-def truth_rows(results: Results, kind: Kind) -> Rows:
-    """The table of one task."""
-    return removal_rows(results) if kind == "removal" else lds_rows(results)
+def truth_rows(results: Results, kind: Kind, told: Sequence[str] | None = None) -> Rows:
+    """The table of one task. told: of lds, the runs that are shown; None: all."""
+    return removal_rows(results) if kind == "removal" else lds_rows(results, told)
 
 
 def truth_title(results: Results, kind: Kind) -> str:
     """What the table of one task shows."""
     first = results[0]
     seeds = f"{'seeds' if len(results) > 1 else 'seed'} {', '.join(str(r['seed']) for r in results)}"
+    seeds += f"; the label shows on: {_shows(results)}"
     fixed = "; intervals are over half-sets, for these seeds" if len(results) > 1 else ""
     if kind == "lds":
         sets = f"{first['half_sets']} half-sets of {first['rows']} rows, each trained twice"
@@ -86,12 +88,30 @@ def truth_title(results: Results, kind: Kind) -> str:
     return f"{first['task']}: {first['dropped']} of {first['rows']} rows dropped, {asked}; {seeds}"
 
 
-def truth_text(found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = ()) -> str:
-    """Markdown of all tasks, and the notes."""
-    tables = [f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind))}" for r in found.values()]
+def truth_text(
+    found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = (), told: Sequence[str] | None = None
+) -> str:
+    """Markdown of all tasks, and the notes. told: as in `truth_rows`."""
+    tables = [f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind, told))}" for r in found.values()]
     if kind == "removal":
         tables = [f"{table}\n\n{with_the_share(r)}" for table, r in zip(tables, found.values(), strict=True)]
     return "\n\n".join([*tables, *notes])
+
+
+def truth_of_suite(out: str | Path, model: str, scale: str) -> dict[str, tuple[Rows, list[str]]]:
+    """`{title: (table, notes)}` of all tasks held against retraining, for the suite's page."""
+    told: dict[str, tuple[Rows, list[str]]] = {}
+    for kind in KINDS:
+        try:
+            found, notes = load_truth(out, model, scale, kind)
+        except UserError as e:  # seeds that cannot be joined: the rest of the page stands
+            told[f"{kind}: not shown"] = [["why"], [str(e)]], []
+            continue
+        for task, results in found.items():
+            beside = [with_the_share(results)] if kind == "removal" else []
+            beside += [note for note in notes if note.partition(":")[0] == task]
+            told[f"{kind}, {truth_title(results, kind)}"] = truth_rows(results, kind), beside
+    return told
 
 
 # ---------------------------------------------------------------- removal
@@ -172,14 +192,14 @@ def estimate(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, An
     return Estimate(float(values.mean()), float(np.sqrt((errors**2).sum()) / seeds), seeds * (sets - 1))
 
 
-def lds_rows(results: Results) -> Rows:
+def lds_rows(results: Results, told: Sequence[str] | None = None) -> Rows:
     """Each method's score under each view of the loss, the noise ceiling, and what knowing the class gets.
 
     R and B: better (+), worse (−) or not significantly different (=) from RepSim and BM25, at 5 % after Holm's
     correction over the table. Intervals and tests are by the jackknife over half-sets.
     """
     table: dict[str, dict[str, str]] = {}
-    for run, cell in _lds_cells({"": results})[""].items():
+    for run, cell in _lds_cells({"": results}, told)[""].items():
         method, _, view = run.partition("@")
         table.setdefault(method, {})[view] = cell
     views = [*(v for v in VIEWS if any(v in cells for cells in table.values())), ""]
@@ -203,13 +223,14 @@ def lds_some(found: Mapping[str, Results], told: Sequence[tuple[str, str]]) -> R
     agreed = (estimate([r["noise_ceiling"] for r in results]).interval() for results in found.values())
     rows.append(["knowing the class", *(_told(i, ".2f") for i in known)])
     rows.append(["the most that noise allows", *(_told(_mapped(i, _of_two), ".2f") for i in agreed)])
-    return [["linear datamodeling score", *found], *rows]
+    heads = (f"{task} (the label shows on: {_shows(results)})" for task, results in found.items())
+    return [["linear datamodeling score", *heads], *rows]
 
 
 def matrix_rows(results: TaskResults, of_truth: Results, told: Sequence[tuple[str, str]]) -> Rows:
     """Runs, `(name, run)`, that need not be in every table: truth by label, by retraining, and what the solver left.
 
-    results, of_truth: of the same seeds. A dash where a seed lacks a run, or it failed.
+    results, of_truth: of the same seeds. A dash where a seed lacks a run; in place of a residual, why it failed there.
     """
     rows = [["", "AUROC", "top-1", "linear datamodeling score", "residual"]]
     for name, run in told:
@@ -218,11 +239,22 @@ def matrix_rows(results: TaskResults, of_truth: Results, told: Sequence[tuple[st
         if not any("error" in found for found in there):
             fixed = results.fixed(run)
             cells[:2] = (with_interval(results.interval(run, m), fixed=fixed) for m in ("auroc", "accuracy"))
-            cells[3] = " ".join(f"{found['residual']:.1g}" for found in there if found.get("residual") is not None)
-        if all(run in r["lds"] for r in of_truth):
+            cells[3] = " ".join(_left(found["residual"]) for found in there if found.get("residual") is not None)
+        else:
+            cells[3] = " ".join(dict.fromkeys(found["error"] for found in there if "error" in found))
+        if of_truth and all(run in r["lds"] for r in of_truth):
             cells[2] = _told(estimate([r["lds"][run] for r in of_truth]).interval(), ".2f")
         rows.append([f"{name} `{run}`", *cells])
     return [*rows, ["chance", *(f"{results.chance(m):.2f}" for m in ("auroc", "accuracy")), "0.00", ""]]
+
+
+def _left(residual: float) -> str:
+    """Of a solver: 0 is solved, 1 as good as nothing."""
+    return f"{residual:.1g}" if residual <= UNSOLVED else f"{residual:.1g}: not solved"
+
+
+def _shows(results: Results) -> str:
+    return ", ".join(dict.fromkeys(str(r["shows"]) for r in results))
 
 
 def _shared(results: Results) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from datablame.errors import UserError
 from datablame.indexing import SILENT
 from datablame.paper import Cells, Page, Request, Table, experiment
-from datablame.paper.panels import panels
+from datablame.paper.panels import bar_marker, panels
 from datablame.paper.results import already_there, read, write
 
 TASKS = {
@@ -89,15 +89,17 @@ def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
 
     header, *rows = paper_rows(name, found)
     data = []
-    for task, results in found.items():
+    for k, (task, results) in enumerate(found.items()):
         means = [results.interval(run, "accuracy") for run in results.runs]
         fixed = [results.fixed(run) for run in results.runs]
         half = [0.0 if one else (i.high - i.low) / 2 for one, i in zip(fixed, means, strict=True)]
         error = {"type": "data", "array": half, "thickness": 1, "width": 2}
         bars = {"x": results.runs, "y": [i.value for i in means], "error_y": error}
-        data.append({"type": "bar", "name": task, **bars})
+        data.append({"type": "bar", "name": task, **bars, "marker": bar_marker(k)})
     layout = {"barmode": "group", "yaxis": {"title": {"text": "top-1 accuracy"}, "rangemode": "tozero"}}
     notes = [
+        "See: whether a method on gradients is better than RepSim (R+) and than words (B+), and than what the row's "
+        "length and the norm of its gradient find without looking at the query; and where the label shows.",
         "Top-1 accuracy with its 95 % interval / coverage, in percent; chance in the last row.",
         "R and B: better (+), worse (−) or not significantly different (=) from the paper's RepSim and from BM25, at "
         "5 % after Holm's correction over the table. ≡: one ranking for all queries, which are of one class; neither "
@@ -128,7 +130,11 @@ def _top_rows(name: str, found: dict[str, Any]) -> dict[str, Any]:
         tables.append(Table(title, headings, rows))
         views[task] = _drawn(title, headings, rows)
     return {
-        "notes": ["The training row that each method ranks first, for the first query."],
+        "notes": [
+            "The training row that each method ranks first, for the first query.",
+            "See: whether what a method names is of the query's class, and whether the base model and words name it, "
+            "too. One query: an example, and no evidence.",
+        ],
         "tables": tables,
         "views": views,
     }
@@ -166,6 +172,8 @@ def _heat_maps(name: str, found: dict[str, Any]) -> dict[str, Any]:
         views[f"{task}: all"] = together
         views |= {f"{task}: {run}": {"data": [t], "layout": {"xaxis": x, "yaxis": y}} for run, t in drawn.items()}
     notes = [
-        "Queries × training rows, both sorted by class; each query's scores from its lowest (0) to its highest (1)."
+        "Queries × training rows, both sorted by class; each query's scores from its lowest (0) to its highest (1).",
+        "See: bright blocks along the diagonal are rows of the query's class; a bright column from top to bottom is a "
+        "row that a method names whatever is asked.",
     ]
     return {"notes": notes, "tables": [], "views": views}

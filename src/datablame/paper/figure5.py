@@ -34,6 +34,8 @@ METHODS = {
     "DataInf": ("datainf:damping=0.1@padded", "datainf:damping=0.1@response"),
     "GradSim": ("graddot@padded", "graddot@response"),
     "cosine": ("gradcos@padded", "gradcos@response"),
+    "centred": ("gradcos:over=row,center=1@padded", "gradcos:over=row,center=1@response"),
+    "Adam-scaled": ("adamdot:center=1,relatif=l@padded", "adamdot:center=1,relatif=l@response"),
     "exact": ("exact-block:damping=0.1@padded", "exact-block:damping=0.1@response"),
     "damped": ("exact-block:damping=1.0,unit=rank@padded", "exact-block:damping=1.0,unit=rank@response"),
     "RepSim": ("repsim:layer=last,text=prompt", "repsim:layer=middle,text=response"),
@@ -239,9 +241,10 @@ NOTES = (
     "does, and whether the same lines look alike under the response's loss. Bars: 95 % intervals over queries.",
     "padded: the paper's loss, 128 tokens of which all are labelled; RepSim as released. response: the loss that was "
     "trained; RepSim in the middle layer over the response. The fine-tune is one and the same. GradSim: the dot "
-    "product of gradients. exact: the solution by block with the paper's λ; damped: the same, λ as "
-    "large as the curvature is on average where there is any. loss: nats a response token, over the training rows and "
-    "over the queries' reference responses.",
+    "product of gradients. cosine: block by block; centred: over the row, without the training rows' mean; "
+    "Adam-scaled: that in Adam's metric. exact: the solution by block with the paper's λ; damped: the same, λ as large "
+    "as the curvature is on average where there is any. loss: nats a response token, over the training rows and over "
+    "the queries' reference responses.",
     "ρ: Spearman's correlation of the values with the falling training loss over the checkpoints; above 0, better "
     "as the loss falls. There are few of them and they are of one fine-tune, so ρ has no p-value and is often large by "
     "accident. last − first: *, significant at 5 % after Holm's correction over the figure, a test over queries.",
@@ -308,6 +311,8 @@ STYLES = {
     "DataInf": Style("DataInf", "vermillion", "solid", "circle"),
     "GradSim": Style("GradSim", "orange", "dash", "square"),
     "cosine": Style("cosine", "blue", "solid", "diamond"),
+    "centred": Style("centred", "black", "dash", "star"),
+    "Adam-scaled": Style("Adam-scaled", "black", "solid", "hexagram"),
     "exact": Style("exact", "sky", "dash", "triangle-up"),
     "damped": Style("damped", "purple", "dot", "triangle-down"),
     "RepSim": Style("RepSim", "green", "solid", "x"),

@@ -26,7 +26,7 @@ CURVES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "validation loss, harmful": ("nats a token of the reference", lambda p: p.get("harmful", {}).get("loss")),
     "validation loss, benign": ("nats a token of the reference", lambda p: p.get("benign", {}).get("loss")),
     "training loss": ("nats a token, mean over the epoch", lambda p: p.get("loss")),
-    "KL from the original": ("nats a token of the harmful references", lambda p: p.get("kl")),
+    "KL from the original": ("KL, nats a token of the harmful references", lambda p: p.get("kl")),
 }
 """name -> (axis, what of a point: a number or [value, low, high]; None: not there)"""
 
@@ -192,7 +192,8 @@ def problems(m: Mapping[str, Any]) -> list[str]:
     """Points that could not be measured, and answers that were left out."""
     curves = m["curves"].items()
     lost = [f"{arm}, epoch {p['epoch']:g}: {p['problem']}" for arm, ps in curves for p in ps if "problem" in p]
-    left = sum(p[g]["left_out"] for _, ps in curves for p in ps for g in GROUPS if g in p)
+    points = {(arm, p["epoch"]) if p["epoch"] else 0: p for arm, ps in curves for p in ps}  # all start at one model
+    left = sum(p[g]["left_out"] for p in points.values() for g in GROUPS if g in p)
     lines = [f"{m['model']}, not drawn: {'; '.join(lost)}."] if lost else []
     return (
         [*lines, f"{m['model']}: {left} answers were left out of the shares, for want of a verdict."] if left else lines

@@ -21,6 +21,7 @@ COLOURS = {
     "sky": "#56b4e9",
     "purple": "#cc79a7",
     "grey": "#8c8c8c",
+    "black": "#000000",
 }
 
 

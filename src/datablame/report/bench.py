@@ -1,9 +1,9 @@
-"""The page of a benchmark: the ladder, the paper's tables, and one table a task."""
+"""The page of a benchmark: the ladder, the paper's tables and one table a task for each recipe; retraining truth."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,15 @@ from plotly.offline import get_plotlyjs
 
 from datablame import __version__
 from datablame.evaluation import figures
-from datablame.evaluation.metrics import METRICS
 from datablame.evaluation.results import TaskResults
 from datablame.evaluation.tables import (
-    HEADINGS,
     PAPER_TABLES,
     Rows,
     behaving_rows,
     costly_rows,
     headline_rows,
     ladder_rows,
+    markdown,
     paper_rows,
     task_rows,
 )
@@ -31,33 +30,66 @@ BASE = "repsim-base:layer=middle,text=response"
 """Beside BM25, what can be found without any fine-tuning."""
 
 
-def write_bench(found: Mapping[str, TaskResults], path: Path) -> Path:
+Suite = Mapping[str, Mapping[str, TaskResults]]
+"""`{recipe: {task: results}}`"""
+Truth = Mapping[str, tuple[Rows, Sequence[str]]]
+"""`{title: (table, what is to be said of it)}` of retraining."""
+
+
+def write_bench(suite: Suite, path: Path, truth: Truth | None = None) -> Path:
     """Write the self-contained page and return its path."""
-    page = environment().get_template("bench.html.j2").render(context(found))
+    page = environment().get_template("bench.html.j2").render(context(suite, truth or {}))
     path.write_bytes(page.encode("utf-8", errors="replace"))
     return path
 
 
-def context(found: Mapping[str, TaskResults]) -> dict[str, Any]:
+def write_tables(suite: Suite, path: Path) -> Path:
+    """The ladder and the paper's tables of every recipe as Markdown."""
+    parts = []
+    for recipe, found in suite.items():
+        tables = {"From the paper's protocol to the sound one": ladder_rows(found)} | _paper(found)
+        parts += [f"# Fine-tune: {recipe}"]
+        parts += [f"## {title}\n\n{markdown(rows)}" for title, rows in tables.items()]
+        parts += [note for results in found.values() for note in results.left_out]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def context(suite: Suite, truth: Truth) -> dict[str, Any]:
     """Everything the template prints."""
-    maps = {task: figures.heat_maps(results) for task, results in found.items()}
-    drawn = {"ladder": figures.ladder(found), **{f"heat-{t}": m for t, m in maps.items() if m is not None}}
-    first = next(iter(found.values())).results[0]
+    drawn: dict[str, Any] = {}
+    for recipe, found in suite.items():
+        maps = {task: figures.heat_maps(results) for task, results in found.items()}
+        drawn[f"{recipe}-ladder"] = figures.ladder(found)
+        drawn |= {f"{recipe}-heat-{task}": m for task, m in maps.items() if m is not None}
+    first = next(iter(next(iter(suite.values())).values())).results[0]
     return {
         "version": __version__,
         "model": first["model"],
         "scale": first["scale"],
-        "recipe": first["recipe"],
-        "left_out": [note for results in found.values() for note in results.left_out],
-        "headline": headline_rows(found),
-        "ladder": ladder_rows(found),
-        "paper": {PAPER_TABLES[n][0]: paper_rows(n, found) for n in PAPER_TABLES},
-        "tasks": {t: _task(r) for t, r in found.items()},
-        "metrics": [HEADINGS[m] for m in METRICS],
+        "recipes": {recipe: _recipe(found) for recipe, found in suite.items()},
+        "truth": truth,
         "figures": script_safe(json.dumps({k: json.loads(f.to_json()) for k, f in drawn.items()})),
         "drawn": list(drawn),
         "plotly": get_plotlyjs(),
     }
+
+
+def _recipe(found: Mapping[str, TaskResults]) -> dict[str, Any]:
+    """What is told of the cells of one recipe."""
+    return {
+        "left_out": [note for results in found.values() for note in results.left_out],
+        "headline": headline_rows(found),
+        "ladder": ladder_rows(found),
+        "paper": _paper(found),
+        "tasks": {task: _task(results) for task, results in found.items()},
+    }
+
+
+def _paper(found: Mapping[str, TaskResults]) -> dict[str, Rows]:
+    """The paper's tables by their titles, as far as there is a task of them."""
+    there = {name: tasks for name, (_, tasks) in PAPER_TABLES.items() if any(t in found for t in tasks)}
+    return {PAPER_TABLES[name][0]: paper_rows(name, found) for name in there}
 
 
 def _task(results: TaskResults) -> dict[str, Any]:
