@@ -20,7 +20,6 @@ from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
 from datablame.evaluation.suites import (
-    COSTLY,
     DAMPING,
     EXACTNESS,
     MATRICES,
@@ -28,7 +27,6 @@ from datablame.evaluation.suites import (
     RETRAINED,
     STEPS,
     WHICH_SIDE,
-    runs,
 )
 from datablame.evaluation.truth import KINDS
 from datablame.paper import experiment, module
@@ -200,8 +198,10 @@ def _retrained() -> str:
     found = [truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)[0] for kind in KINDS]
     results = [r for tasks in found for of_task in tasks.values() for r in of_task]
     done, timed = (sum(r[key] for r in results) for key in ("trainings", "timed"))
-    took = f", {sum(r['seconds'] for r in results) / 3600:.2f} h" if timed else ""
-    return f"Retraining: {done} trainings for {len(results)} results; {timed} of them were timed{took}."
+    took = sum(r["seconds"] for r in results) / 3600
+    all_of_them = f"{took / timed * done:.0f} h" if timed else ""
+    told = f"; the {timed} that were timed took {took:.1f} h, at which all would take {all_of_them}" if timed else ""
+    return f"Retraining: {done} trainings for {len(results)} results{told}."
 
 
 def costly(found: dict[str, TaskResults]) -> str:
@@ -255,9 +255,9 @@ def opening() -> str:
         return "*Not run yet.*"
     same = {task: found[task].of_seeds([r["seed"] for r in results]) for task, results in truth.items()}
     heads, sides, *kinds = bench_tables.headline_rows(found, told=OPENING)
-    tasks = bench_tables.ladder_rows(same, ladders={"": OPENING})[-len(kinds) :]
+    tasks = bench_tables.ladder_rows(same, ladders={"": OPENING}, steps=False)[-len(kinds) :]
     _, *halves, knowing, ceiling = truth_tables.lds_some(truth, OPENING)
-    of_truth = [x for t in truth for x in (bench_tables.shows(found[t]), "")]
+    of_truth = [x for t in truth for x in (bench_tables.shows(same[t]), "")]
     rows = [["", *heads[1:], *(f"{t}: {what}" for t in truth for what in ("by label", "by retraining"))]]
     rows.append([*sides, *of_truth])
     for name, of_kinds, of_tasks, of_halves in zip(
@@ -381,10 +381,9 @@ def shown(name: str, only: int | None = None) -> str:
 
 
 def retraining(kind: str) -> str:
-    """Methods against retraining: every task that has it; of half-sets, the runs of the suites."""
+    """Methods against retraining: every task that has it."""
     found, notes = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", kind)
-    told = [*runs("all"), *COSTLY]
-    return truth_tables.truth_text(found, kind, notes, told) if found or notes else "*Not run yet.*"
+    return truth_tables.truth_text(found, kind, notes) if found or notes else "*Not run yet.*"
 
 
 if __name__ == "__main__":

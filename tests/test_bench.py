@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +87,10 @@ def test_a_cell_from_rows_to_a_page_and_not_twice(
     after = json.loads(path.read_text())["results"]["reference"]
     assert set(after) == {*before, "length"}
     assert after["graddot@padded"] == before["graddot@padded"]
-    of_cell = load_results(out, str(model_dir), "smoke")["tiny"]
-    for run_, numbers in after.items():
-        for metric, told in numbers["interval95"].items():
-            assert told == pytest.approx(of_cell.interval(run_, metric)[: len(told)], abs=1e-4)
-            assert len(told) == 3
-    assert set(after["length"]["interval95"]) == set(METRICS)
+    for numbers in after.values():
+        assert {metric: told[0] for metric, told in numbers["interval95"].items()} == {
+            metric: pytest.approx(np.mean(numbers[metric]), abs=1e-3) for metric in METRICS
+        }
 
     found = load_results(out, str(model_dir), "smoke")
     page = write_bench({"sound": found}, tmp_path / "page.html").read_text()
@@ -397,29 +394,6 @@ def test_every_command_that_made_runs_of_a_cell_is_kept(model_dir: Path, tmp_pat
     assert json.loads(path.read_text())["command"] == f"{first} && {more}"
 
 
-def test_the_share_of_one_ranking_is_kept_for_groups_of_one_class() -> None:
-    task = tiny()
-    task = replace(task, groups=["a", "a", "b", "b"], main=("a",))
-    labels = [e.label for e in task.queries]
-    assert labels == ["no", "yes", "no", "yes"]
-    alike = replace(task, groups=["a", "b", "a", "b"])
-    values = np.array([[3.0, 2, 1, 0, 4, 5], [0, 1, 2, 3, 4, 5], [3, 2, 1, 0, 4, 5], [5, 0, 1, 4, 2, 3]])
-    assert scoring._shares(task, values) == {}  # two classes in each group
-    shares = scoring._shares(alike, values)
-    assert shares["main"] == shares["a"] == 1.0
-    assert shares["b"] is not None
-    assert shares["b"] < 1
-    assert scoring.measured(alike, "x", scoring.Scored(values, "", 0.0))["shares"] == shares
-    assert "shares" not in scoring.measured(task, "x", scoring.Scored(values, "", 0.0))
-
-
-def test_kept_matrices_are_the_scores_to_the_last_digit(tmp_path: Path) -> None:
-    """In float32 a large score would become infinite, and its linear datamodeling score a silent 0."""
-    values = np.array([[1e39, 1 / 3], [-1e-60, 2.0]])
-    scoring.keep_matrices(tmp_path / "scores.npz", {"a": scoring.Scored(values, "", 0.0)})
-    assert np.array_equal(scoring.read_matrices(tmp_path / "scores.npz")["a"], values)
-
-
 def test_a_padded_view_that_is_not_finite_is_told(model_dir: Path, tmp_path: Path) -> None:
     cell = Cell(str(model_dir), "tiny", "smoke", 0)
     with pytest.raises(UserError, match=r"row 0 \(id 0\): under the view padded, .* is not finite"):
@@ -464,7 +438,8 @@ def test_what_was_not_learnt_says_why() -> None:
     }
     said = bench_module._learnt_line({"main": ["harmful"], "learnt": learnt})
     assert said.startswith(
-        "behaviour not learnt (75% of harmful, not 80%; 82% of the base model's loss, not below 80%): 40% of the"
+        "behaviour not learnt (75% of harmful, too far below 80%; 82% of the base model's loss, not below 80%): "
+        "40% of the"
     )
     learnt["loss"] = {"tuned": 1.0, "base": 2.5}
     assert "loss, not below" not in bench_module._learnt_line({"main": ["harmful"], "learnt": learnt})

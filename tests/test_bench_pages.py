@@ -18,7 +18,7 @@ from datablame.evaluation import results as results_module
 from datablame.evaluation import tasks, truth
 from datablame.evaluation.cell import Cell, fingerprint
 from datablame.evaluation.result_files import lacking, read_result, save, to_json
-from datablame.evaluation.results import TaskResults, is_old, joined, load_results
+from datablame.evaluation.results import TaskResults, is_old, joined, load_results, load_suite
 from datablame.evaluation.suites import FIRST, LADDER, REPSIM_LADDER
 from datablame.evaluation.tables import markdown, paper_rows
 from datablame.evaluation.truth import read_truth
@@ -77,8 +77,8 @@ def test_a_seed_that_has_not_learnt_is_in_no_number_while_another_has(tmp_path: 
     assert found.heading == "grammars"
     assert [r["seed"] for r in found.unlearnt] == [1]
     assert found.left_out == [
-        "grammars: seed 1 is left out, since its fine-tune has not learnt the behaviour: 25% of harmful, not 70%; "
-        "95% of the base model's loss, not below 80%."
+        "grammars: seed 1 is left out, since its fine-tune has not learnt the behaviour: 25% of harmful, too far below "
+        "70%; 95% of the base model's loss, not below 80%."
     ]
     with pytest.raises(UserError, match="no results of seed 1. grammars: seed 1 is left out, since its fine-tune"):
         found.of_seeds([1])
@@ -101,6 +101,19 @@ def test_the_page_names_what_was_left_out(tmp_path: Path) -> None:
     found = {"facts": replace(stacked("facts", 0), left_out=["facts: seed 1 is <i>left out</i>."])}
     page = write_bench({"sound": found}, tmp_path / "page.html").read_text()
     assert "<li>facts: seed 1 is &lt;i&gt;left out&lt;/i&gt;.</li>" in page
+
+
+def test_a_recipe_of_which_all_is_old_takes_no_page_with_it(tmp_path: Path) -> None:
+    write(tmp_path, made("grammars", 0), made("grammars", 0) | {"recipe": "paper", "version": -1})
+    suite = load_suite(tmp_path, "tiny", "cpu")
+    assert list(suite) == ["sound"]
+    (note,) = suite["sound"]["grammars"].left_out
+    assert "no results under the paper recipe" in note
+    assert "grammars-paper-s0.json is left out, being of another version" in note
+    with pytest.raises(UserError, match="no results under the paper recipe"):
+        load_suite(tmp_path, "tiny", "cpu", "paper")
+    with pytest.raises(UserError, match="no results under the sound recipe"):
+        load_suite(tmp_path / "nowhere", "tiny", "cpu")
 
 
 def test_more_queries_are_another_kind_and_one_seed_each_keeps_the_first(tmp_path: Path) -> None:
@@ -240,7 +253,9 @@ def test_one_page_has_every_recipe_and_retraining(
     page = (tmp_path / "tiny" / "cpu" / "report.html").read_text()
     for part in ("<h1>Fine-tune: sound</h1>", "<h1>Fine-tune: paper</h1>", 'data-figure="paper-ladder"', "0.43 (0."):
         assert part in page
-    title = "lds, grammars: 16 half-sets of 40 rows, each trained twice; seeds 0, 1; the label shows on: &lt;i&gt;both"
+    title = (
+        "lds, grammars: 16 random halves of 40 rows, each trained twice; seeds 0, 1; the label shows on: &lt;i&gt;both"
+    )
     assert title in page
     text = (tmp_path / "t.md").read_text()
     found = load_results(tmp_path, "tiny", "cpu")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from datablame.evaluation.intervals import flip_test, holm, interval, interval_of_tasks, intervals
-from datablame.evaluation.results import TaskResults, against, corrected, of_one_kind
+from datablame.evaluation.metrics import METRICS
+from datablame.evaluation.results import TaskResults, against, corrected, of_one_kind, with_intervals
 from datablame.evaluation.suites import FAMILIES, HEADLINE, runs
 from datablame.evaluation.tables import (
     HEADINGS,
@@ -129,7 +130,7 @@ def test_the_papers_tables_say_where_the_label_shows_and_what_length_finds() -> 
 
 
 def test_one_ranking_for_all_queries_of_one_class_has_no_interval_and_no_test() -> None:
-    """They are right or wrong together. Where the queries are of several classes they are not."""
+    """They are right or wrong together."""
     results = two_seeds()
     rows = {row[0]: row for row in task_rows(results)}
     assert rows["`gradnorm@response`"][1] == "0.75 ≡"
@@ -139,11 +140,49 @@ def test_one_ranking_for_all_queries_of_one_class_has_no_interval_and_no_test() 
     lengths, norms = headline_rows({"mixed-small": results})[-3:-1]
     assert [lengths[1], norms[1]] == ["0.50 ≡", "0.75 ≡"]
     assert not results.fixed("graddot@padded")
+
+
+def test_a_result_tells_its_own_intervals() -> None:
+    """Over its main queries alone; the mean alone of one ranking for all."""
+    rng = np.random.default_rng(0)
+    result = made(0, 0.5)
+    values = rng.random(40)
+    result["results"]["reference"]["graddot@padded"]["auroc"] = values.tolist()
+    found = with_intervals(result)["results"]["reference"]
+    assert found["length"]["interval95"]["auroc"] == [0.5]
+    main = values[1::2]  # the harmful ones
+    means = main[rng.integers(20, size=(20_000, 20))].mean(axis=1)
+    mean, low, high = found["graddot@padded"]["interval95"]["auroc"]
+    assert mean == pytest.approx(main.mean(), abs=1e-4)
+    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    assert set(found["graddot@padded"]["interval95"]) == set(METRICS)
+
+
+def test_one_ranking_for_queries_of_several_classes_has_one_witness_a_class() -> None:
+    """All of a class are right or wrong together, so that their number is no evidence."""
+    results = two_seeds()
     for r in results.results:
+        there = r["results"]["reference"]
         for j, q in enumerate(r["queries"]):
-            q["label"] = f"{q['group']} {j % 4}"
-    assert not results.fixed("gradnorm@response")
-    assert "R+ B+" in {row[0]: row[1] for row in task_rows(results)}["`gradnorm@response`"]
+            q["label"] = f"{q['group']} {j // 2 % 2}"
+        right = [float(j // 2 % 2) for j in range(40)]  # of two classes one is named first, whatever is asked
+        there["gradnorm@response"]["accuracy"] = right
+        there["bm25:text=both"]["accuracy"] = [0.0] * 40
+    one, other = "gradnorm@response", "bm25:text=both"
+    assert not results.fixed(one)
+    assert results.one_ranking(one)
+    assert results.witnesses(one, "accuracy").tolist() == [[0.0, 1.0]] * 2
+    assert results.witnesses(other, "accuracy").shape == (2, 20)
+    i = results.interval(one, "accuracy")
+    assert i == interval(np.array([[0.0, 1.0]] * 2), same_queries=False)
+    assert (i.low, i.value, i.high) == (0.0, 0.5, 1.0)  # by query it would be .35 to .65
+    key = ("B", one)
+    tested = against([results], pairs([one], results.runs), "accuracy")[key]
+    assert tested.value == 0.5
+    assert tested.p == pytest.approx(0.5, abs=0.01)  # two signs: both up, both down, or 0
+    for r in results.results:
+        r["results"]["reference"][one]["query_independent_share"] = 0.3
+    assert against([results], pairs([one], results.runs), "accuracy")[key].p < 0.001
 
 
 def test_wordings_of_one_question_are_one_witness() -> None:
@@ -176,7 +215,8 @@ def test_wordings_of_one_question_are_one_witness_where_the_answers_behave_too()
     result["queries"] = [
         {"id": j, "label": f"e{j // 10}", "group": "harmful", "behaves": j % 10 < 2 and j < 20} for j in range(40)
     ]
-    result["results"]["generated"] = {"graddot@padded": dict.fromkeys(HEADINGS, values)}
+    same = dict.fromkeys(HEADINGS, values) | {"query_independent_share": 0.3}
+    result["results"]["generated"] = {"graddot@padded": same}
     facts = TaskResults("facts", "sound", [result])
     (shown,) = facts.behaving("graddot@padded", "auroc")
     assert shown.tolist() == [0.5, 10.5]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -218,8 +217,8 @@ def retrain_bench(
         (Cell(model, task, scale, seed, "sound", named(task, given)), tasks.build(task, scale, seed, **given))
         for seed in dict.fromkeys(numbers(seeds) or SEEDS[scale])
     ]
-    loaded = load(ModelSpec(model, None, device, dtype))
-    sha256, rate = base_sha256(loaded), partial(tokens_per_second, loaded, *cells[0])
+    sha256 = base_sha256(load(ModelSpec(model, None, device, dtype)))
+    rate = lambda: tokens_per_second(load(ModelSpec(model, None, device, dtype)), *cells[0])  # noqa: E731
     options: dict[str, Any] = {"rate": rate, "device": device, "dtype": dtype, "reporter": ConsoleReporter()}
     paths = against_retraining(cells, sha256, kind, out, runs=runs, **options)
     every, notes = load_truth(out, model, scale, kind, cells[0][0].rows)

@@ -61,29 +61,33 @@ def intervals(values: Float[np.ndarray, "k s m"], *, same_queries: bool = True) 
     return [Interval(float(v), float(a), float(b)) for v, a, b in zip(found, low, high, strict=True)]
 
 
-def interval_of_tasks(tasks: Sequence[Values]) -> Interval:
-    """Mean over tasks of their means, and its interval: tasks drawn, then seeds, then queries, which differ by seed.
+def interval_of_tasks(tasks: Sequence[Values], same_queries: Sequence[bool] | None = None) -> Interval:
+    """Mean over tasks of their means, and its interval: tasks drawn, then seeds, then queries.
 
-    tasks: `[s, m]` of each. Of one task it is that task's `interval`. With three tasks it says how much the mean
-    depends on which of them one happens to look at, and no more.
+    tasks: `[s, m]` of each. same_queries: as in `interval`, of each; None: they differ by seed. Of one task it is that
+    task's `interval`. With three tasks it says how much the mean depends on which of them one happens to look at, and
+    no more.
     """
-    return intervals_of_tasks([_checked(v)[None] for v in tasks])[0]
+    return intervals_of_tasks([_checked(v)[None] for v in tasks], same_queries)[0]
 
 
-def intervals_of_tasks(tasks: Sequence[Float[np.ndarray, "k s m"]]) -> list[Interval]:
+def intervals_of_tasks(
+    tasks: Sequence[Float[np.ndarray, "k s m"]], same_queries: Sequence[bool] | None = None
+) -> list[Interval]:
     """`interval_of_tasks` of each of k, all from the same draws. tasks: `[k, s, m]` of each, m its own.
 
     Seeds that have not as many queries each are drawn as tasks of one seed: seeds, then queries.
     """
+    same = same_queries or [False] * len(tasks)
     if len(tasks) == 1:
-        return intervals(tasks[0], same_queries=False)
+        return intervals(tasks[0], same_queries=same[0])
     rng = np.random.default_rng(0)
     means = np.zeros((DRAWS, len(tasks[0])))
     for _ in tasks:
         chosen = rng.integers(len(tasks), size=DRAWS)
         for i, values in enumerate(tasks):
             here, (k, s, m) = chosen == i, values.shape
-            means[here] += _weights(s, m, False, rng, int(here.sum())) @ values.reshape(k, s * m).T / len(tasks)
+            means[here] += _weights(s, m, same[i], rng, int(here.sum())) @ values.reshape(k, s * m).T / len(tasks)
     found = np.mean([values.mean(axis=(1, 2)) for values in tasks], axis=0)
     low, high = np.quantile(means, TAILS, axis=0)
     return [Interval(float(v), float(a), float(b)) for v, a, b in zip(found, low, high, strict=True)]

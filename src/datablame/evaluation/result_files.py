@@ -83,7 +83,7 @@ def not_learnt(result: Mapping[str, Any]) -> str:
     learnt = result["learnt"]
     loss, groups = learnt["loss"], learnt["by_group"]
     asked = {g: max(LEARNT, groups[g]["base"]) for g in learnt["missed"]}
-    why = [f"{groups[g]['tuned']:.0%} of {g}, not {least:.0%}" for g, least in asked.items()]
+    why = [f"{groups[g]['tuned']:.0%} of {g}, too far below {least:.0%}" for g, least in asked.items()]
     if loss["tuned"] >= LOSS_LEFT * loss["base"]:
         why.append(f"{loss['tuned'] / loss['base']:.0%} of the base model's loss, not below {LOSS_LEFT:.0%}")
     return "; ".join(why)

@@ -15,7 +15,7 @@ import numpy as np
 
 from datablame.errors import UserError
 from datablame.evaluation.cell import ANSWERED, RECIPES, Cell, fingerprint
-from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, holm, interval, intervals
+from datablame.evaluation.intervals import TABLE_DRAWS, Interval, flip_test, holm, intervals
 from datablame.evaluation.metrics import METRICS
 from datablame.evaluation.result_files import failed_run, failures, not_learnt, read_result
 from datablame.evaluation.tasks import build
@@ -111,18 +111,18 @@ class TaskResults:
 
     def values(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> Values:
         """`[seeds, queries]` of one group, or their means by label (BY_ENTITY). kind: `reference` or `generated`."""
-        return np.array([self._witnesses(r, r["results"][kind][run][metric], group) for r in self.results])
+        by_label = self.task in BY_ENTITY
+        return np.array([_of_group(r, r["results"][kind][run][metric], group, by_label) for r in self.results])
 
-    def _witnesses(self, result: dict[str, Any], values: Sequence[float | None], group: str) -> list[float]:
-        """Of a group's values; None: of a query that is left out."""
-        there = _of_group(result, list(zip([q["label"] for q in result["queries"]], values, strict=True)), group)
-        if self.task not in BY_ENTITY:
-            return [value for _, value in there if value is not None]
-        by_label: dict[str, list[float]] = {}
-        for label, value in there:
-            if value is not None:
-                by_label.setdefault(label, []).append(value)
-        return [float(np.mean(v)) for v in by_label.values()]
+    def witnesses(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> Values:
+        """`values`, or their means by label where the run has `one_ranking`."""
+        by_label = self.task in BY_ENTITY or self.one_ranking(run, kind, group)
+        return np.array([_of_group(r, r["results"][kind][run][metric], group, by_label) for r in self.results])
+
+    def labels(self, group: str = "main") -> list[list[str]]:
+        """The labels of `values`, a list a seed."""
+        found = [_of_group(r, [str(q["label"]) for q in r["queries"]], group) for r in self.results]
+        return [list(dict.fromkeys(labels)) for labels in found] if self.task in BY_ENTITY else found
 
     @property
     def same_queries(self) -> bool:
@@ -130,43 +130,48 @@ class TaskResults:
         asked = {r.get("queries_sha256", k) for k, r in enumerate(self.results)}
         return len(self.results) > 1 and len(asked) == 1
 
-    def fixed(self, run: str, kind: str = "reference", group: str = "main") -> bool:
-        """Is it next to one ranking for all queries, and are these of one class?
+    def one_ranking(self, run: str, kind: str = "reference", group: str = "main") -> bool:
+        """Is it next to one ranking for all queries, under some seed?
 
-        Then all of them are right or wrong together: one witness, for which there is neither interval nor test.
+        Then all queries of a class are right or wrong together: the class is one witness, whatever their number.
         """
         kept = [r["results"][kind][run] for r in self.results]
         found = [k.get("shares", {}).get(group, k["query_independent_share"]) for k in kept]
-        classes = [set(_of_group(r, [q["label"] for q in r["queries"]], group)) for r in self.results]
-        return all(len(c) == 1 for c in classes) and any(share is None or share > FIXED for share in found)
+        return any(share is None or share > FIXED for share in found)
+
+    def fixed(self, run: str, kind: str = "reference", group: str = "main") -> bool:
+        """Is it `one_ranking`, and are the queries of one class? So there is one witness: no interval, and no test."""
+        return all(len(set(labels)) == 1 for labels in self.labels(group)) and self.one_ranking(run, kind, group)
 
     def chance(self, metric: str, group: str = "main") -> float:
         """What a random order gets."""
         return float(np.mean([_of_group(r, r["chance"][metric], group) for r in self.results]))
 
     def interval(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> Interval:
-        """Mean and 95 % interval: seeds drawn, then queries within them, which differ from seed to seed."""
-        return interval(self.values(run, metric, kind, group), same_queries=self.same_queries)
+        """Mean and 95 % interval: seeds drawn, then `witnesses` within them, which differ from seed to seed."""
+        return self.intervals([(run, metric)], kind, group)[run, metric]
 
     def intervals(
         self, cells: Sequence[tuple[str, str]], kind: str = "reference", group: str = "main"
     ) -> dict[tuple[str, str], Interval]:
         """`interval` of each (run, metric), at once."""
-        if not cells:
-            return {}
-        values = np.array([self.values(run, metric, kind, group) for run, metric in cells])
-        return dict(zip(cells, intervals(values, same_queries=self.same_queries), strict=True))
+        found: dict[tuple[str, str], Interval] = {}
+        for apart in (False, True):  # as many witnesses each
+            some = [cell for cell in cells if self.one_ranking(cell[0], kind, group) == apart]
+            values = np.array([self.witnesses(*cell, kind, group) for cell in some])
+            found |= zip(some, intervals(values, same_queries=self.same_queries), strict=True) if some else {}
+        return {cell: found[cell] for cell in cells}
 
     def behaving(self, run: str | None, metric: str) -> list[Float[np.ndarray, " m"]]:
         """For the model's own answers: the main queries of each seed whose answer shows its class's behaviour.
 
-        Witnesses as in `values`. A seed without any is left out. run: None for chance.
+        As `witnesses`. A seed without any is left out. run: None for chance.
         """
-        out = []
+        by_label, out = self.task in BY_ENTITY or (run is not None and self.one_ranking(run, "generated")), []
         for r in self.results:
             values = r["chance"][metric] if run is None else r["results"]["generated"][run][metric]
             shown = [v if q["behaves"] else None for v, q in zip(values, r["queries"], strict=True)]
-            some = self._witnesses(r, shown, "main")
+            some = _of_group(r, shown, "main", by_label)
             out += [np.array(some)] if some else []
         return out
 
@@ -184,9 +189,17 @@ def by_class(result: Mapping[str, Any]) -> dict[str, float]:
     return {label: float(np.mean(s)) for label, s in shown.items()}
 
 
-def _of_group(result: dict[str, Any], values: Sequence[Any], group: str) -> list[Any]:
+def _of_group(result: dict[str, Any], values: Sequence[Any], group: str, by_label: bool = False) -> list[Any]:
+    """A value a query, or the mean of those of one label. None: of a query that is left out."""
     wanted = result["main"] if group == "main" else [group]
-    return [v for v, q in zip(values, result["queries"], strict=True) if q["group"] in wanted]
+    there = [
+        (str(q["label"]), v)
+        for v, q in zip(values, result["queries"], strict=True)
+        if q["group"] in wanted and v is not None
+    ]
+    if not by_label:
+        return [v for _, v in there]
+    return [float(np.mean([v for other, v in there if other == label])) for label in dict.fromkeys(x for x, _ in there)]
 
 
 def with_intervals(result: dict[str, Any]) -> dict[str, Any]:
@@ -217,10 +230,11 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
     """
     folder = Path(out) / Path(model).name / scale
     name = re.compile(rf"-{re.escape(recipe)}-s\d+$")
-    read = [read_result(p) for p in sorted(folder.glob("*.json")) if name.search(p.stem)]
+    read = {p: read_result(p) for p in sorted(folder.glob("*.json")) if name.search(p.stem)}
     found: dict[str, list[dict[str, Any]]] = {}
-    notes: list[str] = []
-    for result in sorted(filter(None, read), key=lambda x: x["seed"]):
+    other = [p for p, result in read.items() if result is None]
+    notes = [f"{name.sub('', p.stem)}: {p.name} is left out, being of another version." for p in other]
+    for result in sorted(filter(None, read.values()), key=lambda x: x["seed"]):
         if is_old(result):
             notes.append(
                 f"{result['task']}: seed {result['seed']} is left out, since the task has other rows, or another "
@@ -245,13 +259,26 @@ def load_results(out: str | Path, model: str, scale: str, recipe: str = "sound")
 def load_suite(out: str | Path, model: str, scale: str, recipe: str | None = None) -> dict[str, dict[str, TaskResults]]:
     """`{recipe: {task: results}}` of every recipe that has results, or of one.
 
+    What is left out of a recipe of which nothing else is there is named with the first task of the others.
     Raises UserError for an unknown one, and where there is nothing.
     """
     if recipe is not None and recipe not in RECIPES:
         raise UserError(f"--recipe {recipe!r}: use {' or '.join(RECIPES)}.")
+    found: dict[str, dict[str, TaskResults]] = {}
+    nothing: dict[str, str] = {}
+    for r in RECIPES if recipe is None else [recipe]:
+        try:
+            found[r] = load_results(out, model, scale, r)
+        except UserError as e:
+            nothing[r] = str(e)
+    if not found:
+        raise UserError(next(iter(nothing.values())))
     folder = Path(out) / Path(model).name / scale
-    some = [r for r in RECIPES if any(folder.glob(f"*-{r}-s*.json"))] if recipe is None else [recipe]
-    return {r: load_results(out, model, scale, r) for r in some or RECIPES[:1]}
+    lost = [why for r, why in nothing.items() if any(folder.glob(f"*-{r}-s*.json"))]
+    first = next(iter(found.values()))
+    task = next(iter(first))
+    first[task] = replace(first[task], left_out=[*first[task].left_out, *lost])
+    return found
 
 
 def _learnt_ones(of: TaskResults) -> TaskResults:
@@ -356,19 +383,26 @@ def against(
 ) -> dict[Key, Tested]:
     """For each pair its first run minus its second on the same queries: the mean over tasks of the mean differences.
 
-    The test is that of `intervals.flip_test`, every query of every seed its own where they differ. Pairs with a run
-    that is `fixed` are left out. p-values as they are: correct them over the table.
+    The test is that of `intervals.flip_test`: every query of every seed has a sign of its own where they differ; where
+    one of the two has `one_ranking`, every class of every seed has. Pairs with a run that is `fixed` are left out.
+    p-values as they are: correct them over the table.
     """
     fixed = cache(lambda run: any(t.fixed(run, kind, group) for t in tasks))
     pairs = {key: pair for key, pair in pairs.items() if not any(map(fixed, pair))}
     if not pairs:
         return {}
-    needed = dict.fromkeys(run for pair in pairs.values() for run in pair)
-    values = {
-        run: np.concatenate([_share(_asked(t, t.values(run, metric, kind, group)), len(tasks)) for t in tasks])
-        for run in needed
-    }
-    d = np.array([values[a] - values[b] for a, b in pairs.values()])
+    values = cache(lambda t, run: tasks[t].values(run, metric, kind, group))
+    alike = cache(lambda t, run: tasks[t].one_ranking(run, kind, group))
+
+    def difference(a: str, b: str) -> Float[np.ndarray, " all"]:
+        parts = []
+        for t, results in enumerate(tasks):
+            d = _asked(results, values(t, a) - values(t, b))
+            d = together(d, results.labels(group)) if alike(t, a) or alike(t, b) else d
+            parts.append(d.ravel() / (len(tasks) * d.size))  # so that the sum is the mean over tasks
+        return np.concatenate(parts)
+
+    d = np.array([difference(a, b) for a, b in pairs.values()])
     p = flip_test(d, draws=TABLE_DRAWS)
     return {key: Tested(float(x.sum()), float(q)) for key, x, q in zip(pairs, d, p, strict=True)}
 
@@ -378,9 +412,13 @@ def _asked(results: TaskResults, values: Values) -> Values:
     return values.mean(axis=0, keepdims=True) if results.same_queries else values
 
 
-def _share(values: Values, tasks: int) -> Float[np.ndarray, " s*m"]:
-    """What each value adds to the mean over tasks of their means."""
-    return values.ravel() / (tasks * values.size)
+def together(values: Values, labels: Sequence[Sequence[str]]) -> Values:
+    """The sum of each label's values in place of its first one, and 0 for the others: they have one sign together."""
+    out = np.zeros_like(values)
+    for row, here, of in zip(out, values, labels, strict=False):  # of queries asked once, those of the first seed
+        for label, value in zip(of, here, strict=True):
+            row[of.index(label)] += value
+    return out
 
 
 def corrected(table: Mapping[Key, Tested]) -> dict[Key, Tested]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 import io
+import json
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
+from datablame import __version__
 from datablame.diagnostics import hubs, query_independent_share
 from datablame.errors import UserError
 from datablame.evaluation import metrics, views
@@ -30,6 +35,10 @@ if TYPE_CHECKING:
     from datablame.operators import Product
 
     Matrix = Float[np.ndarray, "m n"]
+
+
+DAMAGED = (ValueError, KeyError, EOFError, BadZipFile, TokenError, zlib.error)
+"""What reading a damaged file of arrays may raise."""
 
 
 class Scored(NamedTuple):
@@ -78,12 +87,12 @@ def score_runs(
 ) -> dict[str, Scored]:
     """Every run on one set of responses; one that fails says why, and the others go on. product: as in `Inputs`.
 
-    kept: a directory for what is scored, of these very stores, so that what is interrupted goes on.
+    kept: a directory for what is scored, so that what is interrupted goes on.
     """
     out: dict[str, Scored] = {}
     reporter.start("score", len(runs), "runs")
     for run in runs:
-        place = None if kept is None else kept / f"{hashlib.sha256(run.encode()).hexdigest()[:16]}.npz"
+        place = None if kept is None else kept / f"{_decided(run, train, queries)}.npz"
         if (found := _read(place, run)) is None:
             found = _scored(run, train, queries, product)
             _keep(place, run, found)
@@ -111,6 +120,16 @@ def _scored(
     return Scored(values, error, round(time.perf_counter() - start, 2), residual)
 
 
+def _decided(run: str, train: FeatureStore, queries: FeatureStore) -> str:
+    """Of all that decides a run's scores: its spelling, the features, this package and the source of its method."""
+    stored = [[shard["sha256"] for shard in store.manifest["shards"]] for store in (train, queries)]
+    try:
+        source = inspect.getsource(inspect.getmodule(type(parse(split(run)[0]))))  # type: ignore[arg-type]
+    except (OSError, TypeError):  # not of a file
+        source = ""
+    return hashlib.sha256(json.dumps([__version__, run, source, stored]).encode()).hexdigest()[:32]
+
+
 def _keep(place: Path | None, run: str, scored: Scored) -> None:
     """One run's scores; none of one that failed, which is tried again."""
     if place is None or scored.values is None:
@@ -126,7 +145,7 @@ def _read(place: Path | None, run: str) -> Scored | None:
     try:
         with np.load(place or "", allow_pickle=False) as file:
             values, of, seconds, residual = (file[k] for k in ("values", "run", "seconds", "residual"))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, *DAMAGED):
         return None
     return Scored(values, "", float(seconds), None if np.isnan(residual) else float(residual)) if of == run else None
 
@@ -225,5 +244,5 @@ def read_matrices(path: Path) -> dict[str, Matrix]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {run: file[run].astype(np.float64) for run in file.files}  # older ones are in float32
-    except (ValueError, EOFError, BadZipFile) as e:
+    except DAMAGED as e:
         raise UserError(f"{path}: damaged; delete it, and run the cell again into another directory.") from e

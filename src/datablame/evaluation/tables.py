@@ -2,7 +2,8 @@
 
 In every table a cell says how it differs from the paper's RepSim (R) and from BM25 (B), in a ladder also from the rung
 above it (S): `R+ B=` is better than RepSim, and no different from BM25, at 5 % after Holm's correction over the table.
-`≡` stands in place of interval and tests where a run has one ranking for all queries, which are of one class.
+A run with next to one ranking for all queries has one witness a class and a seed, see `TaskResults.one_ranking`; `≡`
+stands in place of interval and tests where these queries are of one class.
 """
 
 from __future__ import annotations
@@ -200,8 +201,11 @@ def behaving_rows(results: TaskResults) -> Rows | None:
     if not cells or not parts[0]:
         return None
     every = results.intervals(cells, "generated")
-    by_seed = [np.stack(of_seed)[:, None] for of_seed in zip(*parts, strict=True)]
-    shown = dict(zip(cells, intervals_of_tasks(by_seed), strict=True))
+    shown: dict[tuple[str, str], Interval] = {}
+    for apart in (False, True):  # as many witnesses each
+        some = [i for i, (run, _) in enumerate(cells) if results.one_ranking(run, "generated") == apart]
+        by_seed = [np.stack(of_seed)[:, None] for of_seed in zip(*(parts[i] for i in some), strict=True)]
+        shown |= zip((cells[i] for i in some), intervals_of_tasks(by_seed), strict=True) if some else {}
     m = sum(q["group"] in r["main"] for r in results.results for q in r["queries"])
     count = sum(q["group"] in r["main"] and q["behaves"] for r in results.results for q in r["queries"])
     heads = [f"{HEADINGS[x]}, {which}" for x in MARKED for which in (f"all {m}", f"the {count} that behave")]
@@ -265,13 +269,15 @@ TO_SOUND: Ladders = {"gradients": LADDER, "hidden states and controls": REPSIM_L
 """From the paper's protocol to the sound one."""
 
 
-def ladder_rows(found: Mapping[str, TaskResults], metric: str = "auroc", ladders: Ladders = TO_SOUND) -> Rows:
-    """Ladders of runs, a step a row, a task a column."""
+def ladder_rows(
+    found: Mapping[str, TaskResults], metric: str = "auroc", ladders: Ladders = TO_SOUND, steps: bool = True
+) -> Rows:
+    """Ladders of runs, a step a row, a task a column. steps: hold each against the one above it, too."""
     rungs = [run for ladder in ladders.values() for _, run in ladder]
-    steps = [(a, b) for ladder in ladders.values() for (_, a), (_, b) in pairwise(ladder)]
+    above = [(a, b) for ladder in ladders.values() for (_, a), (_, b) in pairwise(ladder) if steps]
     tests: dict[tuple[str, str, str], Tested] = {}
     for task, results in found.items():
-        tests |= _by_column(task, against([results], pairs(rungs, results.runs, steps), metric))
+        tests |= _by_column(task, against([results], pairs(rungs, results.runs, above), metric))
     tests = corrected(tests)
     rows = sides(found.values())
     for heading, ladder in ladders.items():
@@ -313,7 +319,8 @@ def headline_rows(
     def cell(family: str, run: str) -> str:
         if run not in everywhere[family]:
             return "–"
-        i = interval_of_tasks([t.values(run, metric, kind) for t in families[family]])
+        same = [t.same_queries for t in families[family]]
+        i = interval_of_tasks([t.witnesses(run, metric, kind) for t in families[family]], same)
         return with_interval(i, fixed=any(t.fixed(run, kind) for t in families[family])) + marks(tests, family, run)
 
     rows = [["the label shows on", *("; ".join(f"{t.task}: {shows(t)}" for t in ts) for ts in families.values())]]

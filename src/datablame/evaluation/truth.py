@@ -139,7 +139,9 @@ def _learnt(cells: Sequence[tuple[Cell, Task]], out: Path, reporter: Reporter) -
     for cell, why in failed.items():
         reporter.note(f"{cell.name}: left out, since its fine-tune has not learnt the behaviour: {why}")
     if cells and len(failed) == len(cells):
-        raise UserError(f"{', '.join(c.name for c in failed)}: no fine-tune has learnt the behaviour: {why}.")
+        raise UserError(
+            "\n".join(f"{c.name}: its fine-tune has not learnt the behaviour: {w}." for c, w in failed.items())
+        )
     return [(cell, task) for cell, task in cells if cell not in failed]
 
 

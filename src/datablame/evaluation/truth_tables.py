@@ -13,6 +13,7 @@ from datablame.errors import UserError
 from datablame.evaluation.intervals import Interval, interval
 from datablame.evaluation.results import TaskResults, Tested, corrected
 from datablame.evaluation.retraining import standard_error
+from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import REFERENCES, Rows, markdown, with_interval
 from datablame.evaluation.truth import AGAIN, CHANCE, KINDS, NOTHING, RIGHT, Kind, is_old, read_truth
 from datablame.evaluation.views import VIEWS
@@ -42,8 +43,8 @@ def load_truth(
     notes: list[str] = []
     for path in sorted(p for p in folder.glob("*.json") if name.search(p.stem)):
         if (result := read_truth(path)) is None:
-            continue
-        if is_old(result):
+            notes.append(f"{path.stem.partition('-sound-s')[0]}: {path.name} is left out, being of another version.")
+        elif is_old(result):
             notes.append(
                 f"{result['task']}: the {kind} result of seed {result['seed']} is left out, since the task has other "
                 "rows, or another recipe, today. Run it again."
@@ -70,9 +71,9 @@ def _kind(result: Mapping[str, Any]) -> dict[str, Any]:
     return same | {"recipe": {k: v for k, v in result.get("recipe_options", {}).items() if k != "seed"}}
 
 
-def truth_rows(results: Results, kind: Kind, told: Sequence[str] | None = None) -> Rows:
-    """The table of one task. told: of lds, the runs that are shown; None: all."""
-    return removal_rows(results) if kind == "removal" else lds_rows(results, told)
+def truth_rows(results: Results, kind: Kind) -> Rows:
+    """The table of one task."""
+    return removal_rows(results) if kind == "removal" else lds_rows(results)
 
 
 def truth_title(results: Results, kind: Kind) -> str:
@@ -82,17 +83,15 @@ def truth_title(results: Results, kind: Kind) -> str:
     seeds += f"; the label shows on: {_shows(results)}"
     fixed = "; intervals are over half-sets, for these seeds" if len(results) > 1 else ""
     if kind == "lds":
-        sets = f"{first['half_sets']} half-sets of {first['rows']} rows, each trained twice"
+        sets = f"{first['half_sets']} random halves of {first['rows']} rows, each trained twice"
         return f"{first['task']}: {sets}; {seeds}{fixed}"
     asked = f"{first['queries']} queries of {' and '.join(dict.fromkeys(str(r['class']) for r in results))}"
     return f"{first['task']}: {first['dropped']} of {first['rows']} rows dropped, {asked}; {seeds}"
 
 
-def truth_text(
-    found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = (), told: Sequence[str] | None = None
-) -> str:
-    """Markdown of all tasks, and the notes. told: as in `truth_rows`."""
-    tables = [f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind, told))}" for r in found.values()]
+def truth_text(found: Mapping[str, Results], kind: Kind, notes: Sequence[str] = ()) -> str:
+    """Markdown of all tasks, and the notes."""
+    tables = [f"**{truth_title(r, kind)}**\n\n{markdown(truth_rows(r, kind))}" for r in found.values()]
     if kind == "removal":
         tables = [f"{table}\n\n{with_the_share(r)}" for table, r in zip(tables, found.values(), strict=True)]
     return "\n\n".join([*tables, *notes])
@@ -111,6 +110,8 @@ def truth_of_suite(out: str | Path, model: str, scale: str) -> dict[str, tuple[R
             beside = [with_the_share(results)] if kind == "removal" else []
             beside += [note for note in notes if note.partition(":")[0] == task]
             told[f"{kind}, {truth_title(results, kind)}"] = truth_rows(results, kind), beside
+        if others := [[note] for note in notes if note.partition(":")[0] not in found]:
+            told[f"{kind}: left out"] = [["what, and why"], *others], []
     return told
 
 
@@ -138,15 +139,19 @@ def removal_rows(results: Results) -> Rows:
 
 
 def with_the_share(results: Results) -> str:
-    """How the rise of the loss goes with the share of right rows among the dropped, over what was dropped."""
-    names = [n for n in results[0]["after"] if n not in (NOTHING, AGAIN)]
-    right = [np.mean([r["after"][n]["right"] / r["dropped"] for r in results]) for n in names]
-    rise = [(_after(results, n, "loss") - _after(results, NOTHING, "loss")).mean() for n in names]
-    if np.ptp(right) == 0 or np.ptp(rise) == 0:
-        return "The rise or the share of right rows is the same for all: no correlation."
-    r = float(np.corrcoef(right, rise)[0, 1])
-    which = f"Over these {len(names)} rows of the table, chance and the right rows among them, means over the seeds"
-    return f"{which}, the rise goes with the share of right ones: Pearson's r is {r:.2f}; no test."
+    """How the rise of the loss goes with the share of right rows among the dropped, over the sets of a seed.
+
+    Sets that several methods drop count once, and the right rows, of which it is known, do not.
+    """
+    found = []
+    for r in results:
+        sets = {tuple(sorted(x["rows"])): x for n, x in r["after"].items() if n not in (NOTHING, AGAIN, RIGHT)}
+        right = [x["right"] / r["dropped"] for x in sets.values()]
+        rise = [np.mean(x["loss"]) - np.mean(r["after"][NOTHING]["loss"]) for x in sets.values()]
+        varies = len(sets) > 2 and np.ptp(right) > 0 and np.ptp(rise) > 0
+        value = f"{np.corrcoef(right, rise)[0, 1]:.2f}" if varies else "none, since one of the two does not vary"
+        found.append(f"{value} over {len(sets)} sets (seed {r['seed']})")
+    return f"The rise and the share of right rows among the dropped: Pearson's r is {', '.join(found)}; no test."
 
 
 def _after(results: Results, name: str, key: str) -> Values:
@@ -192,12 +197,16 @@ def estimate(ones: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, An
     return Estimate(float(values.mean()), float(np.sqrt((errors**2).sum()) / seeds), seeds * (sets - 1))
 
 
-def lds_rows(results: Results, told: Sequence[str] | None = None) -> Rows:
+def lds_rows(results: Results) -> Rows:
     """Each method's score under each view of the loss, the noise ceiling, and what knowing the class gets.
+
+    Of LiSSA the runs of the suites alone, and not every step of a figure's sweep.
 
     R and B: better (+), worse (−) or not significantly different (=) from RepSim and BM25, at 5 % after Holm's
     correction over the table. Intervals and tests are by the jackknife over half-sets.
     """
+    suites = set(runs("all"))
+    told = [run for run in _shared(results) if run in suites or not run.startswith("lissa:")]
     table: dict[str, dict[str, str]] = {}
     for run, cell in _lds_cells({"": results}, told)[""].items():
         method, _, view = run.partition("@")
@@ -262,13 +271,13 @@ def _shared(results: Results) -> list[str]:
     return [run for run in results[0]["runs"] if all(run in r["runs"] for r in results)]
 
 
-def _lds_cells(found: Mapping[str, Results], told: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
-    """`{task: {run: score, interval and marks}}` of the runs that are told and all seeds have; None: all of these.
+def _lds_cells(found: Mapping[str, Results], told: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`{task: {run: score, interval and marks}}` of the runs that are told and all seeds have.
 
     The marks' tests are corrected over all that are told.
     """
     of = {task: {run: [r["lds"][run] for r in results] for run in _shared(results)} for task, results in found.items()}
-    shown = {task: [run for run in cells if told is None or run in told] for task, cells in of.items()}
+    shown = {task: [run for run in cells if run in told] for task, cells in of.items()}
     tests = corrected(
         {
             (task, x, run): estimate(cells[run], cells[ref]).tested()

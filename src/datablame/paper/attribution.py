@@ -92,8 +92,12 @@ def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
     for k, (task, results) in enumerate(found.items()):
         means = [results.interval(run, "accuracy") for run in results.runs]
         fixed = [results.fixed(run) for run in results.runs]
-        half = [0.0 if one else (i.high - i.low) / 2 for one, i in zip(fixed, means, strict=True)]
-        error = {"type": "data", "array": half, "thickness": 1, "width": 2}
+        spans = [
+            (0.0, 0.0) if one else (i.high - i.value, i.value - i.low) for one, i in zip(fixed, means, strict=True)
+        ]
+        up, down = zip(*spans, strict=True) if spans else ((), ())
+        ends = {"type": "data", "symmetric": False, "array": list(up), "arrayminus": list(down)}
+        error = {**ends, "thickness": 1, "width": 2}
         bars = {"x": results.runs, "y": [i.value for i in means], "error_y": error}
         data.append({"type": "bar", "name": task, **bars, "marker": bar_marker(k)})
     layout = {"barmode": "group", "yaxis": {"title": {"text": "top-1 accuracy"}, "rangemode": "tozero"}}

@@ -202,9 +202,11 @@ def correlations(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
 def _last_against_first(along: Sequence[TaskResults], run: str, metric: str) -> Any:
     """The paired test of `results.against`, between two checkpoints in place of two runs."""
     from datablame.evaluation.intervals import TABLE_DRAWS, flip_test
-    from datablame.evaluation.results import Tested
+    from datablame.evaluation.results import Tested, together
 
-    d = along[-1].values(run, metric) - along[0].values(run, metric)
+    first, last = along[0], along[-1]
+    d = last.values(run, metric) - first.values(run, metric)
+    d = together(d, first.labels()) if first.one_ranking(run) or last.one_ranking(run) else d
     return Tested(float(d.mean()), float(flip_test(d, draws=TABLE_DRAWS)[0]))
 
 

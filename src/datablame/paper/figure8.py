@@ -201,7 +201,7 @@ def ends(cells: Sequence[Any]) -> dict[str, tuple[int, int]]:
 def tests(chosen: Sequence[Any], found: Sequence[TaskResults]) -> list[dict[str, Any]]:
     """The last cell of a question against its first one, for every method that both have; both must be learnt."""
     from datablame.evaluation.intervals import TABLE_DRAWS, flip_test
-    from datablame.evaluation.results import Tested, corrected
+    from datablame.evaluation.results import Tested, corrected, together
 
     tested = {}
     for question, (a, b) in ends(chosen).items():
@@ -209,8 +209,10 @@ def tests(chosen: Sequence[Any], found: Sequence[TaskResults]) -> list[dict[str,
             continue
         for run in (r for r in RUNS if r not in CONTROLS.values()):
             if run in found[a].runs and run in found[b].runs:
+                alike = found[a].one_ranking(run) or found[b].one_ranking(run)
                 for m in METRICS:
                     d = found[b].values(run, m) - found[a].values(run, m)
+                    d = together(d, found[a].labels()) if alike else d
                     tested[question, run, m] = Tested(float(d.mean()), float(flip_test(d, draws=TABLE_DRAWS)[0]))
     holm = corrected(tested)
     names = ("question", "run", "metric")
