@@ -133,21 +133,33 @@ def test_from_cells_to_a_page(deep: Path, tmp_path: Path, monkeypatch: pytest.Mo
             assert c["runs"][run]["auroc"]["interval95"] == pytest.approx(expected[1:], abs=1e-4)
         for control in CONTROLS.values():  # they see no trained layer
             assert there[control]["auroc"] == by_cell[0][control]["auroc"]
-    # A fine-tune that was not learnt is in no test; the others are paired by query.
-    assert {t["question"] for t in r["tests"]} == {"number"}
-    one = next(t for t in r["tests"] if (t["run"], t["metric"]) == ("gradcos@response", "auroc"))
-    d = np.array(by_cell[1]["gradcos@response"]["auroc"]) - np.array(by_cell[0]["gradcos@response"]["auroc"])
-    assert one["value"] == pytest.approx(d.mean(), abs=1e-4)
-    assert one["p"] == pytest.approx(flip_test(d[None])[0], abs=0.02)
-    assert one["p_holm"] >= one["p"]
+    # A fine-tune that was not learnt is in no test; the others are held against all layers, paired by query.
+    assert {(t["question"], t["label"]) for t in r["tests"]} == {("number", "1"), ("place", "0–3")}
+    ones = [t for t in r["tests"] if (t["run"], t["metric"]) == ("gradcos@response", "auroc")]
+    for one, k in zip(ones, (0, 2), strict=True):
+        d = np.array(by_cell[k]["gradcos@response"]["auroc"]) - np.array(by_cell[1]["gradcos@response"]["auroc"])
+        assert one["value"] == pytest.approx(d.mean(), abs=1e-4)
+        assert one["p"] == pytest.approx(flip_test(d[None])[0], abs=0.02)
+        assert one["p_holm"] >= one["p"]
 
     page = figure8.show(tmp_path, "figure8")
     assert len(page.tables) == len(page.views) == 8
     heads = {h for t in page.tables for h in t.headings}
-    assert {"2–5 (not learnt)", "0–3", "all 6", "last − first"} <= heads
+    assert {"2–5 (not learnt)", "0–3", "all 6"} <= heads
     assert any(n.startswith("place 2–5: not learnt") for n in page.notes)
     for table in page.tables:
         assert all(len(row) == len(table.headings) for row in table.rows)
+    ones[0]["p_holm"] = 0.01
+    assert figure8.differs(r | {"tests": ones}, r["cells"][0], "gradcos@response", "auroc")
+    assert not figure8.differs(r | {"tests": ones}, r["cells"][2], "gradcos@response", "auroc")
+    assert not figure8.differs(r | {"tests": ones}, r["cells"][0], "gradcos@response", "accuracy")
+    (cells,) = (
+        t.rows[1]
+        for t in figure8.tables(r | {"tests": ones})
+        if t.title.startswith("AUROC by how many layers are trained, resp")
+    )
+    assert cells[0] == "cosine"
+    assert [cell[-1] == "*" for cell in cells[1:]] == [True, False]
     for view in page.views.values():
         drawn = go.Figure(view["data"], view["layout"])  # plotly's own check
         assert drawn.layout.xaxis.title.text

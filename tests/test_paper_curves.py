@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
@@ -392,6 +393,34 @@ def test_figure5_goes_on_where_it_was_interrupted(
     (out / "figure5.json").unlink()
     figure5.run(request("figure5", model_dir, out))
     assert json.loads((out / "figure5.json").read_text())["tasks"] == again["tasks"]
+
+
+def test_a_checkpoint_that_another_process_is_at_comes_last_and_is_waited_for(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = along.at_checkpoint, []
+
+    def at(cell: Any, task: Any, step: int, *a: Any, wait: bool, **k: Any) -> Any:
+        asked.append((step, wait))
+        return None if step == 1 and not wait else real(cell, task, step, *a, wait=wait, **k)
+
+    monkeypatch.setattr(along, "at_checkpoint", at)
+    figure5.run(request("figure5", model_dir, tmp_path))
+    assert asked == [(1, False), (2, False), (3, False), (6, False), (1, True)]
+    r = json.loads((tmp_path / "figure5.json").read_text())
+    assert [p["step"] for p in r["tasks"]["grammars"]["checkpoints"]] == [1, 2, 3, 6]
+
+
+def test_two_processes_share_a_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    task, cell = tiny(), Cell(str(model_dir), "tiny", "smoke", 0)
+    adapter = finetunes.fine_tuned(str(model_dir), task.train, task.recipe, model_sha256="sha", checkpoints=False)
+    at = lambda: along.at_checkpoint(  # noqa: E731
+        cell, task, 6, adapter, ["graddot@response"], tmp_path / "along", model_sha256="sha", wait=False
+    )
+    assert at() is not None
+    (folder,) = (tmp_path / "along").iterdir()
+    with FileLock(folder / "lock"):
+        assert at() is None
 
 
 def test_figure5_leaves_out_what_is_missing_and_what_is_not_finite(model_dir: Path, tmp_path: Path) -> None:

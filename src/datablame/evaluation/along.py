@@ -59,18 +59,22 @@ def at_checkpoint(
     device: str | None = None,
     dtype: str | None = None,
     keep: bool = False,
+    wait: bool = True,
     reporter: Reporter = SILENT,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """What the runs find with the weights of a checkpoint, on the queries' reference responses.
 
     In the shape of a cell's result, so that `TaskResults` reads it: `results`, `queries`, `main`, `chance`; and
     `loss`: `{train, queries}`, each `{tuned, base}`, the mean over response tokens. `keep` leaves the stores.
+    wait: for another process that is at it; else None then.
     Raises UserError, with NotFinite as its cause, where a loss or gradient is not finite.
     """
     what = [VERSION, SCHEMA, fingerprint(cell, task, model_sha256), fingerprint_adapter(checkpoint), list(runs)]
     digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = work / f"{cell.name}-step{step}-{digest}"
-    with alone(folder / "lock", wait=True):
+    with alone(folder / "lock", wait=wait) as mine:
+        if not mine:
+            return None
         done = folder / "result.json"
         if not done.exists():  # one with a run that failed is not kept
             start = time.perf_counter()

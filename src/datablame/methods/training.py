@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -62,7 +63,8 @@ class AdamDot(GradDot):
     loss falls by its plain gradient times the *step*: the drop of the query's loss per unit of learning rate, momentum
     and the row's own share in v̂ left out. Source: Xia et al. 2024 (LESS, 2402.04333), section 3.1, without its
     projection and momentum. Options: as in graddot; RelatIF divides by the scaled gradient's norm. Centring is done
-    before the scaling. There is no `gauge=balanced`: v̂ belongs to the weights as they are stored.
+    before the scaling. There is no `gauge=balanced`: v̂ belongs to the weights as they are stored. A block whose v̂ is
+    0 throughout (LoRA's A after the first step, at which B was 0) has no scale, and contributes 0, with a warning.
     """
 
     needs = "adam"
@@ -81,8 +83,18 @@ class AdamDot(GradDot):
 
     def pairs(self, query: Blocks) -> Iterator[Pair]:
         """(block, G/(√v̂ + ε), V) of each block."""
+        self._warn_of_unmoved()
         for block, g, v in super().pairs(query):
             moments = check_finite(f"{block}' of the optimizer's state", self.adam.v[block][None])[0]
             if len(moments) != g.shape[1]:
                 raise self._error(f"block {block!r}: {len(moments)} second moments for {g.shape[1]} weights.")
-            yield block, g / (moments.to(g.dtype).sqrt() + self.adam.eps), v
+            yield block, g / (moments.to(g.dtype).sqrt() + self.adam.eps) if moments.any() else g * 0, v
+
+    def _warn_of_unmoved(self) -> None:
+        unmoved = [block for block in self.adam.gradients if not self.adam.v[block].any()]
+        if unmoved:
+            warnings.warn(
+                f"the optimizer has seen no gradient of {len(unmoved)} of {len(self.adam.gradients)} blocks yet, which "
+                f"contribute 0 to the scores (the first: {unmoved[0]!r}; LoRA's A has none while B is 0).",
+                stacklevel=4,
+            )

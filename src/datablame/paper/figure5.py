@@ -20,7 +20,9 @@ from datablame.paper.panels import Style, curve, level, panels, share
 from datablame.paper.results import already_there, difference, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
+    from datablame.evaluation.cell import Cell
     from datablame.evaluation.results import TaskResults
+    from datablame.evaluation.tasks import Task
 
 TASKS = ("backdoor-3", "mixed-small", "grammars", "mathqa")
 PLANS = {"smoke": (("mixed-small",), 3), "cpu": (TASKS, 8), "paper": (TASKS, 8)}
@@ -64,8 +66,11 @@ def run(request: Request) -> Path:
     this |= {"model_sha256": model_sha256, "protocol": protocol(request.scale, request.seed)}
     if already_there(path, this, request.reporter):
         return path
+    kept: Kept = {}
+    for name in tasks:  # two processes share the checkpoints: first each takes what no other is at
+        _along(name, request, model_sha256, kept, [], wait=False)
     left_out: list[str] = []
-    found = {name: _along(name, request, model_sha256, left_out) for name in tasks}
+    found = {name: _along(name, request, model_sha256, kept, left_out, wait=True) for name in tasks}
     found = {name: told for name, told in found.items() if len(told["checkpoints"]) >= FEWEST}
     if not found:
         raise UserError(f"{request.name}: no fine-tune has {FEWEST} checkpoints. {' '.join(left_out)}")
@@ -94,15 +99,22 @@ def protocol(scale: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _along(name: str, request: Request, model_sha256: str, left_out: list[str]) -> dict[str, Any]:
-    """One task's fine-tune, checkpoint by checkpoint; sentences on what cannot be used go into `left_out`."""
-    from datablame.capture import NotFinite
-    from datablame.evaluation.along import at_checkpoint, missing, spaced
+Kept = dict[tuple[str, int], "dict[str, Any] | str | None"]
+"""What was found at a task's step, why it is left out, or None where another process is at it."""
+
+
+def _along(
+    name: str, request: Request, model_sha256: str, kept: Kept, left_out: list[str], wait: bool
+) -> dict[str, Any]:
+    """One task's fine-tune, checkpoint by checkpoint; sentences on what cannot be used go into `left_out`.
+
+    kept: what is known already, filled in. wait: for checkpoints that another process is at, else left out.
+    """
+    from datablame.evaluation.along import spaced
     from datablame.evaluation.cell import Cell, options
     from datablame.evaluation.finetunes import fine_tuned, snapshots
     from datablame.evaluation.leak import lexical_leak
     from datablame.evaluation.tasks import build
-    from datablame.models import cache_dir
 
     task = build(name, request.scale, request.seed)
     cell = Cell(request.model, name, request.scale, request.seed)
@@ -111,21 +123,35 @@ def _along(name: str, request: Request, model_sha256: str, left_out: list[str]) 
     there = spaced(snapshots(adapter), PLANS[request.scale][1])
     told: dict[str, Any] = {"rows": len(task.train), "shows": lexical_leak(task)["shows"], "checkpoints": []}
     for k, (step, folder) in enumerate(there):
-        request.reporter.note(f"{name}: checkpoint {k + 1} of {len(there)}, step {step}")
-        if missing(folder):
-            left_out.append(f"{name}, step {step}: left out, its checkpoint is not there.")
-            continue
-        try:
-            found = at_checkpoint(cell, task, step, folder, RUNS, cache_dir() / "along", **same)
-        except UserError as e:
-            if not isinstance(e.__cause__, NotFinite):
-                raise
-            left_out.append(f"{name}, step {step}: left out: {e}")
-            continue
-        told["checkpoints"].append(found)
+        if kept.get((name, step)) is None:
+            request.reporter.note(f"{name}: checkpoint {k + 1} of {len(there)}, step {step}")
+            kept[name, step] = _at(cell, task, step, folder, wait, same)
+        found = kept[name, step]
+        if isinstance(found, str):
+            left_out.append(f"{name}, step {step}: left out{found}")
+        elif found is not None:
+            told["checkpoints"].append(found)
     if len(told["checkpoints"]) < FEWEST:
         left_out.append(f"{name}: left out, fewer than {FEWEST} checkpoints can be used.")
     return told
+
+
+def _at(
+    cell: Cell, task: Task, step: int, folder: Path, wait: bool, same: Mapping[str, Any]
+) -> dict[str, Any] | str | None:
+    """What is found at a checkpoint, why it cannot be used, or None where another process is at it."""
+    from datablame.capture import NotFinite
+    from datablame.evaluation.along import at_checkpoint, missing
+    from datablame.models import cache_dir
+
+    if missing(folder):
+        return ", its checkpoint is not there."
+    try:
+        return at_checkpoint(cell, task, step, folder, RUNS, cache_dir() / "along", wait=wait, **same)
+    except UserError as e:
+        if not isinstance(e.__cause__, NotFinite):
+            raise
+        return f": {e}"
 
 
 # ---------------------------------------------------------------- numbers
@@ -260,10 +286,12 @@ def reading(r: Mapping[str, Any], task: str, view: int) -> str:
     losses = " to ".join(f"{p['loss']['train']['tuned']:.2f}" for p in (first, last))
     told = []
     for method, runs in METHODS.items():
-        t = _test(r, task, runs[view], "accuracy")
-        if t is not None:
-            change = "not told apart" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
-            a, b = (p["runs"][runs[view]]["accuracy"]["value"] for p in (first, last))
+        t, ends = _test(r, task, runs[view], "accuracy"), [p["runs"].get(runs[view]) for p in (first, last)]
+        if all(end is not None for end in ends):
+            change = "not tested, being one ranking for all queries"
+            if t is not None:
+                change = "not told apart" if t["p_holm"] >= 0.05 else "better" if t["value"] > 0 else "worse"
+            a, b = (end["accuracy"]["value"] for end in ends)
             told.append(f"{method} {a:.2f} to {b:.2f}, {change}")
     words = "; ".join(told) or "no method ran at both ends"
     return f"{task}, {VIEWS[view]}: from step {first['step']} to {last['step']} (training loss {losses}): {words}."

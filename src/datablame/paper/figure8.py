@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from datablame.paper import Cells, Page, Request, Table, experiment
 from datablame.paper.panels import COLOURS, Style, Trace, curve
-from datablame.paper.results import already_there, difference, point, read, too_few, with_half, write
+from datablame.paper.results import already_there, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
     from datablame.evaluation.results import TaskResults
@@ -134,8 +134,8 @@ def protocol(scale: str, seed: int, chosen: Sequence[tuple[str, str, list[int] |
         "number": "k layers are the middles of k equal parts of the depth",
         "runs": list(RUNS),
         "intervals": "95 %, bootstrap over queries; one fine-tune each",
-        "tests": "all layers against one, and the last four against the first four, of the same method on the same "
-        "queries; sign flips, two-sided; p_holm: Holm's correction over all tests of the figure",
+        "tests": "every choice of layers against all of them, of the same method on the same queries; sign flips, "
+        "two-sided; p_holm: Holm's correction over all tests of the figure",
         "left out": "a fine-tune that has not learnt the task is shown, marked, and in no test; failed runs are told",
     }
 
@@ -181,7 +181,7 @@ def summary(
         weights = sum(sizes if layers is None else (sizes[k] for k in layers))
         cell: dict[str, Any] = {"question": question, "label": label, "layers": layers, "parameters": weights}
         cell |= {"learnt": results.learnt, "share": results.results[0]["learnt"]["behaves"]}
-        cell["runs"] = {run: {m: point(spans[run, m]) for m in METRICS} for run in there}
+        cell["runs"] = {run: {m: point(spans[run, m], fixed=results.fixed(run)) for m in METRICS} for run in there}
         cell["failed"] = {run: why for run, why in results.failed.items() if run in RUNS}
         told.append(cell)
     first = found[0]
@@ -192,30 +192,26 @@ def summary(
     return {**about, "cells": told, "tests": tests(chosen, found), "seconds": round(seconds, 1)}
 
 
-def ends(cells: Sequence[Any]) -> dict[str, tuple[int, int]]:
-    """`{question: (first, last)}`: positions of the cells that are tested against each other. cells: (question, …)."""
-    found = {q: [i for i, c in enumerate(cells) if c[0] == q] for q in QUESTIONS}
-    return {q: (at[0], at[-1]) for q, at in found.items() if len(at) > 1}
-
-
 def tests(chosen: Sequence[Any], found: Sequence[TaskResults]) -> list[dict[str, Any]]:
-    """The last cell of a question against its first one, for every method that both have; both must be learnt."""
+    """Every choice of layers against all of them, for every method that both have; both must be learnt."""
     from datablame.evaluation.intervals import TABLE_DRAWS, flip_test
     from datablame.evaluation.results import Tested, corrected, together
 
+    every = next(r for (_, _, layers), r in zip(chosen, found, strict=True) if layers is None)
     tested = {}
-    for question, (a, b) in ends(chosen).items():
-        if not (found[a].learnt and found[b].learnt):
+    for (question, label, layers), some in zip(chosen, found, strict=True):
+        if layers is None or not (some.learnt and every.learnt):
             continue
         for run in (r for r in RUNS if r not in CONTROLS.values()):
-            if run in found[a].runs and run in found[b].runs:
-                alike = found[a].one_ranking(run) or found[b].one_ranking(run)
+            if run in some.runs and run in every.runs:
+                alike = some.one_ranking(run) or every.one_ranking(run)
                 for m in METRICS:
-                    d = found[b].values(run, m) - found[a].values(run, m)
-                    d = together(d, found[a].labels()) if alike else d
-                    tested[question, run, m] = Tested(float(d.mean()), float(flip_test(d, draws=TABLE_DRAWS)[0]))
+                    d = some.values(run, m) - every.values(run, m)
+                    d = together(d, every.labels()) if alike else d
+                    p = float(flip_test(d, draws=TABLE_DRAWS)[0])
+                    tested[question, label, run, m] = Tested(float(d.mean()), p)
     holm = corrected(tested)
-    names = ("question", "run", "metric")
+    names = ("question", "label", "run", "metric")
     return [
         dict(zip(names, key, strict=True)) | {"value": round(t.value, 6), "p": t.p, "p_holm": holm[key].p}
         for key, t in tested.items()
@@ -250,43 +246,38 @@ NOTES = (
     "as released: the paper's loss, 128 tokens of which all are labelled. response: the loss that was trained. RepSim "
     "on the base model and BM25 see no trained layer: the same in every cell, drawn as levels. RepSim in the middle "
     "layer is that of the base model, too, where only later layers are trained.",
-    "last − first: all layers less one layer, and the last four less the first four; * significant at 5 % after "
-    "Holm's correction over the figure, a test over queries. – where one of the two was not learnt.",
+    "* significantly different from all layers together, at 5 % after Holm's correction over the figure, a test over "
+    "queries. Where either was not learnt there is no test. learnt: share of the queries' answers that are what their "
+    "class asks for.",
 )
 
 
 def tables(r: Mapping[str, Any]) -> list[Table]:
-    """A method a row, a fine-tune a column; then the last less the first."""
+    """A method a row, a fine-tune a column."""
     out = []
     for question, words in QUESTIONS.items():
         some = [c for c in r["cells"] if c["question"] == question]
         for protocol, methods in METHODS.items() if len(some) > 1 else ():
             for m, metric in METRICS.items():
                 heads = ["method", *(f"{c['label']}{'' if c['learnt'] else ' (not learnt)'}" for c in some)]
-                rows = [
-                    [method, *(_cell(c, run, m) for c in some), change(r, question, run, m)]
-                    for method, run in methods.items()
-                ]
-                rows += [[n, *(_cell(c, run, m) for c in some), ""] for n, run in CONTROLS.items()]
-                rows += [["trained weights", *(f"{c['parameters']:,}" for c in some), ""]]
+                named = {**methods, **CONTROLS}
+                rows = [[n, *(_cell(c, run, m, differs(r, c, run, m)) for c in some)] for n, run in named.items()]
+                rows += [["learnt", *(f"{c['share']['tuned']:.0%}" for c in some)]]
+                rows += [["trained weights", *(f"{c['parameters']:,}" for c in some)]]
                 title = f"{metric} by {words}, {protocol} (chance {r['chance'][m]:.2f})"
-                out.append(Table(title, [*heads, "last − first"], rows))
+                out.append(Table(title, heads, rows))
     return out
 
 
-def _cell(c: Mapping[str, Any], run: str, metric: str) -> str:
-    if run not in c["runs"]:
-        return "–"
-    x = c["runs"][run][metric]
-    return with_half(x)
+def _cell(c: Mapping[str, Any], run: str, metric: str, differs: bool) -> str:
+    return with_half(c["runs"][run][metric]) + "*" * differs if run in c["runs"] else "–"
 
 
-def change(r: Mapping[str, Any], question: str, run: str, metric: str) -> str:
-    """The last cell's value minus the first's, see `results.difference`; – where it was not tested."""
-    for t in r["tests"]:
-        if (t["question"], t["run"], t["metric"]) == (question, run, metric):
-            return difference(t)
-    return "–"
+def differs(r: Mapping[str, Any], cell: Mapping[str, Any], run: str, metric: str) -> bool:
+    """Is it significantly different from all layers together?"""
+    key = (cell["question"], cell["label"], run, metric)
+    names = ("question", "label", "run", "metric")
+    return any(tuple(t[n] for n in names) == key and t["p_holm"] < 0.05 for t in r["tests"])
 
 
 STYLES = {
