@@ -51,6 +51,8 @@ CHECKPOINTS = 4
 """So many of a training are taken, about as far apart; the last is the adapter's own."""
 OPERATOR = {"rows": 32, "queries": 8, "steps": 20}
 """Limits for products with the live model's curvature: each takes passes over all rows for every query."""
+CHUNK = 16
+"""Vectors of a product that are multiplied, and kept, at once: at most so many are lost when it is interrupted."""
 VECTORS = 128
 """Limit, rows and queries together, for a method without steps: one product with so many vectors, all in memory."""
 
@@ -71,25 +73,25 @@ def costly_results(
 
     Where the features cannot be captured, every run says why.
     """
-    start, refused = time.perf_counter(), {run: why for run in runs if (why := limited(run, task))}
-    scored: Results = {s: {run: Scored(None, why, 0.0, limit=True) for run, why in refused.items()} for s in RESPONSES}
-    left, seconds = [run for run in runs if run not in refused], 0.0
-    steps: list[int] = []
+    start, steps, seconds = time.perf_counter(), list[int](), 0.0
+    refused = {s: {run: why for run in runs if (why := limited(run, task, s))} for s in RESPONSES}
+    scored: Results = {s: {run: Scored(None, why, 0.0, limit=True) for run, why in refused[s].items()} for s in refused}
+    left = {s: [run for run in runs if run not in refused[s]] for s in RESPONSES}
     folder = o.folder / f"{re.sub('[^a-z0-9]+', '-', need.spelling)}-{SCHEMA}"
     try:
         options, steps = _options(o, need)
-        stores = _captured(o, options, folder, reporter) if left else {}
+        stores = _captured(o, options, folder, reporter) if any(left.values()) else {}
         seconds = round(time.perf_counter() - start, 1)
-        for s in RESPONSES if left else ():
+        for s in (s for s in RESPONSES if left[s]):
             scored[s] |= score_runs(
-                left, train := stores["train"], stores[s], reporter, _products(o, task, train, folder)
+                left[s], train := stores["train"], stores[s], reporter, _products(o, task, train, folder)
             )
     except DiskError:  # no fault of the method
         raise
     except Exception as e:  # an extra of a user's own may raise what it likes
         why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
         for s in RESPONSES:
-            scored[s] |= {run: Scored(None, why, 0.0) for run in left}
+            scored[s] |= {run: Scored(None, why, 0.0) for run in left[s]}
     if not keep:
         failed = any(x.error and not x.limit for found in scored.values() for x in found.values())
         _delete(folder, but=PRODUCTS if failed else None)
@@ -109,7 +111,8 @@ def _products(o: Opened, task: Task, train: FeatureStore, folder: Path) -> Calla
 
 
 def kept_products(product: Product, folder: Path, of: str) -> Product:
-    """The same, kept in files: runs that differ in damping alone share them, and an interrupted cell has them still.
+    """The same, kept in files of CHUNK vectors each: runs that differ in damping alone share them, and an interrupted
+    cell has them still.
 
     of: all that decides a product but the matrix and the vectors. The seconds of the first run hold those of its
     products, the others' do not. Raises DiskError where one cannot be written.
@@ -117,6 +120,9 @@ def kept_products(product: Product, folder: Path, of: str) -> Product:
     import torch
 
     def times(matrix: Matrix, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
+        return torch.cat([some(matrix, part) for part in x.split(CHUNK)])
+
+    def some(matrix: Matrix, x: Float[Tensor, "k D"]) -> Float[Tensor, "k D"]:
         sha = hashlib.sha256(f"{matrix} {of} ".encode())
         sha.update(np.ascontiguousarray(x.numpy()).tobytes())
         place = folder / f"{matrix}-{sha.hexdigest()[:16]}.npy"
@@ -136,20 +142,22 @@ def _delete(folder: Path, but: str | None) -> None:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def limited(run: str, task: Task) -> str:
-    """Why this run is beyond a limit; empty where it is not."""
+def limited(run: str, task: Task, responses: str = "reference") -> str:
+    """Why this run is beyond a limit on this set of responses; empty where it is not."""
     method = parse(split(run)[0])
     if method.needs != "operator":
         return ""
     sizes = {"rows": len(task.train), "queries": len(task.queries), "steps": getattr(method, "steps", 0)}
-    if not hasattr(method, "steps"):
-        if sizes["rows"] + sizes["queries"] <= VECTORS:
-            return ""
-        return f"{sizes['rows']} rows, {sizes['queries']} queries: a cell allows at most {VECTORS} of both together."
-    if not [what for what, size in sizes.items() if size > OPERATOR[what]]:
-        return ""
-    most = ", ".join(f"{limit} {what}" for what, limit in OPERATOR.items())
-    return f"{sizes['rows']} rows, {sizes['queries']} queries, {sizes['steps']} steps: a cell allows at most {most}."
+    allowed = f"at most {VECTORS} of both together"
+    beyond_it = sizes["rows"] + sizes["queries"] > VECTORS
+    if hasattr(method, "steps"):
+        allowed = "at most " + ", ".join(f"{limit} {what}" for what, limit in OPERATOR.items())
+        beyond_it = any(size > OPERATOR[what] for what, size in sizes.items())
+    else:
+        del sizes["steps"]
+    if beyond_it:
+        return f"{', '.join(f'{size} {what}' for what, size in sizes.items())}: a cell allows {allowed}."
+    return "" if responses == "reference" else "Products with the curvature are for the reference responses alone."
 
 
 def _options(o: Opened, need: Beyond) -> tuple[CaptureOptions, list[int]]:

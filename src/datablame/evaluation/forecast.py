@@ -6,12 +6,13 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datablame.encoding import Encoding, encode_rows
-from datablame.evaluation.cell import RESPONSES, Cell, options
-from datablame.evaluation.costly import CHECKPOINTS, groups, limited
+from datablame.evaluation.cell import Cell, options
+from datablame.evaluation.costly import CHECKPOINTS, CHUNK, groups, limited
 from datablame.evaluation.suites import Beyond, split
 from datablame.evaluation.tasks import Task
 from datablame.evaluation.views import PAD_TO
@@ -93,15 +94,17 @@ def _undamped(run: str) -> str:
 
 
 def products(run: str, task: Task) -> float:
-    """Passes over the training rows, at most, for the curvature products of a run on both kinds of responses.
+    """Passes over the training rows, at most, for the curvature products of a run, on the reference responses.
 
-    One a call, whose graph costs as much, and two times backward for each vector; none for a run beyond a limit.
+    One a call, whose graph costs as much, and two times backward for each vector; none for a run beyond a limit. A call
+    with many vectors is taken in parts, see `costly.CHUNK`.
     """
     method = parse(split(run)[0])
     if not isinstance(method, OnOperator) or limited(run, task):
         return 0.0
     n, m = len(task.train), len(task.queries)
-    return len(RESPONSES) * (method.calls(m) + 4 / 3 * method.vectors(n, m))
+    vectors = method.vectors(n, m)
+    return max(method.calls(m), ceil(vectors / CHUNK)) + 4 / 3 * vectors
 
 
 def tokens_per_second(loaded: Loaded, cell: Cell, task: Task) -> float:

@@ -56,8 +56,7 @@ class TaskResults:
 
     @property
     def _finished(self) -> list[str]:
-        found = [kind for r in self.results for kind in r["results"].values()]
-        return [run for run in found[0] if all(run in f and "error" not in f[run] for f in found)]
+        return [run for run in self.results[0]["results"]["reference"] if all(_done(r, run) for r in self.results)]
 
     @property
     def with_costly(self) -> TaskResults | None:
@@ -67,7 +66,7 @@ class TaskResults:
 
     @property
     def costly(self) -> list[str]:
-        """Runs on features of their own that every seed has finished."""
+        """Runs on features of their own that every seed has finished, at least on the reference responses."""
         return [run for run in self._finished if run not in self.runs]
 
     @property
@@ -78,9 +77,9 @@ class TaskResults:
     @property
     def failed(self) -> dict[str, str]:
         """`{run: why}` of those that at least one seed has not finished."""
-        return {
-            run: why for r in self.results for limit in (False, True) for run, why in failures(r, limit=limit).items()
-        }
+        every = [failures(r, limit=limit) for r in self.results for limit in (False, True)]
+        done = set(self._finished)
+        return {run: why for found in every for run, why in found.items() if run not in done}
 
     @property
     def learnt(self) -> bool:
@@ -178,6 +177,13 @@ class TaskResults:
     def seeds(self, run: str, metric: str, kind: str = "reference", group: str = "main") -> list[float]:
         """The mean of each seed."""
         return [float(v) for v in self.values(run, metric, kind, group).mean(axis=1)]
+
+
+def _done(result: Mapping[str, Any], run: str) -> bool:
+    """On the reference responses, and on the model's own answers but for a limit."""
+    found = {kind: numbers.get(run, {"error": "not there"}) for kind, numbers in result["results"].items()}
+    left = [x for kind, x in found.items() if "error" in x and (kind == "reference" or "limit" not in x)]
+    return not left
 
 
 def by_class(result: Mapping[str, Any]) -> dict[str, float]:
