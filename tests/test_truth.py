@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ import conftest
 from bench_cases import METHODS, one_task, run, tiny
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
-from datablame.evaluation import retraining, tasks, truth
+from datablame.evaluation import retraining, scoring, tasks, truth
 from datablame.evaluation.cell import Cell
 from datablame.evaluation.finetunes import base_sha256
 from datablame.evaluation.result_files import result_path
@@ -233,8 +234,9 @@ def test_a_result_that_fits_is_not_made_again_and_a_changed_one_is(
     assert len(trained) == 12  # the trainings are still kept
     assert json.loads(paths[0].read_text())["fingerprint"] != "of something else"
     assert paths[1].stat().st_mtime_ns == before[1]
-    make(runs=WANTED)
-    assert [json.loads(p.read_text())["runs"] for p in paths] == [WANTED] * 2
+    whole = paths[0].read_text()
+    make(runs=WANTED)  # they are there, and the others stay
+    assert paths[0].read_text() == whole
     monkeypatch.setattr(truth, "HALF_SETS", 4)
     make(runs=WANTED)
     assert json.loads(paths[0].read_text())["half_sets"] == 4
@@ -245,6 +247,49 @@ def test_a_result_that_fits_is_not_made_again_and_a_changed_one_is(
     paths[0].write_text(json.dumps({"version": truth.VERSION, "model_sha256": "0" * 64}))
     with pytest.raises(UserError, match="a result of another model of this name"):
         make()
+
+
+def test_new_runs_join_a_result_without_its_trainings_or_scores(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha: str
+) -> None:
+    """On a machine that has neither the half-sets' trainings nor the other runs' scores; removal trains what is new."""
+    out, trained = tmp_path / "out", list[tuple[int, ...]]()
+    monkeypatch.setattr(retraining, "_train", quick(trained, 2.0))
+    monkeypatch.setattr(truth, "HALF_SETS", 3)
+    run(model_dir, out)
+    cells = [(Cell(str(model_dir), "tiny", "smoke", 0), tiny())]
+    make = lambda kind, *runs: truth.against_retraining(cells, sha, kind, out, runs=list(runs))[0]  # noqa: E731
+    some, other = WANTED, "graddot@all"
+    wanted = {kind: json.loads(make(kind, *some, other).read_text()) for kind in truth.KINDS}
+    for kind in truth.KINDS:
+        truth.truth_path(out, cells[0][0], kind).unlink()
+        make(kind, *some)
+    shutil.rmtree(tmp_path / "cache" / "retrained")
+    (file,) = (tmp_path / "cache" / "bench").glob("*/scores.npz")
+    scores = scoring.read_matrices(file)
+    file.unlink()
+    scoring.keep_matrices(file, {other: scoring.Scored(scores[other], "", 0.0)})
+    trained.clear()
+    lds = json.loads(make("lds", other).read_text())
+    assert trained == []
+    assert list(lds["lds"]) == lds["runs"] == [*some, other]
+    assert lds["lds"] == wanted["lds"]["lds"]
+    assert lds["trainings"] == 6
+    first, second = lds["command"].split(" && ")
+    assert (first.count("--run"), second.count("--run")) == (2, 1)
+    removal = json.loads(make("removal", other).read_text())
+    assert len(trained) == 1
+    assert list(removal["after"]) == ["nothing", *some, other, "chance", "the right rows", truth.AGAIN]
+    assert removal["after"] == wanted["removal"]["after"]
+    assert removal["trainings"] == len(removal["after"])
+    with pytest.raises(UserError, match="no scores of graddot@response"):
+        make("lds", "graddot@response")
+    # A file of a time when losses were not written has all runs made again, so it wants all scores.
+    path = truth.truth_path(out, cells[0][0], "lds")
+    path.write_text(json.dumps({k: v for k, v in lds.items() if k != "losses"}))
+    make("lds", other)
+    with pytest.raises(UserError, match=f"no scores of {some[0]}"):
+        make("lds", "graddot@response")
 
 
 def test_nothing_is_retrained_where_nothing_was_learnt(

@@ -82,8 +82,9 @@ class Seed:
         if len(done) < len(found):
             return False
         seconds = [r.seconds for r in done.values() if r.seconds is not None]
-        result = {**self.described, **self.told(done), "trainings": len(done), "timed": len(seconds)}
-        result |= {"seconds": round(sum(seconds), 1), **environment()}
+        more = {"trainings": len(done), "timed": len(seconds), "seconds": round(sum(seconds), 1)}
+        result = {**self.described, **self.told(done), **environment()}
+        result |= {key: round(self.described.get(key, 0) + value, 1) for key, value in more.items()}
         self.place.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
         write_whole(self.place, text.encode())
@@ -102,7 +103,8 @@ def against_retraining(
     dtype: str | None = None,
     reporter: Reporter = SILENT,
 ) -> list[Path]:
-    """Retrain, and write for each cell, beside its result, what came of it; the paths. What is there is not made again.
+    """Retrain, and write for each cell, beside its result, what came of it; the paths. What is there is not made again,
+    and runs that are new join it.
 
     Several processes may run this at once, and share the trainings. runs: for removal those of REMOVED by default, for
     lds every run of the cell (it costs nothing more). rate: measures tokens a second, for a forecast.
@@ -120,7 +122,7 @@ def against_retraining(
         todo = list({f: j for j in jobs if not (f := j.folder(work) / "result.json").exists()}.values())
         took = f" · about {duration(_tokens(todo) / rate())}" if rate is not None and todo else ""
         reporter.note(f"{len(todo)} trainings to do, for {len(left)} results{took}")
-    waiting = left
+    waiting = [s for s in left if not s.made(work)]
     for _ in retrain_all(jobs, work, model_sha256=model_sha256, device=device, dtype=dtype, reporter=reporter):
         waiting = [s for s in waiting if not s.made(work)]
     if waiting:
@@ -171,27 +173,49 @@ def is_old(result: Mapping[str, Any]) -> bool:
 
 
 def _seed(cell: Cell, task: Task, model_sha256: str, kind: Kind, out: Path, runs: Sequence[str] | None) -> Seed | Path:
-    """What is to be made; the path alone where it is there already."""
+    """What is to be made; the path alone where it is there already. Runs that are there stay, new ones join them."""
     place = truth_path(out, cell, kind)
     old = read_truth(place)
     check_model(place, old, model_sha256)
     matrices = cache_dir() / "bench" / folder_of(cell, task, model_sha256) / MATRICES
     scores = read_matrices(matrices) if matrices.exists() else None
-    chosen = _chosen(kind, runs, scores, old, read_result(result_path(out, cell)))
-    decides = _fingerprint(cell, task, model_sha256, kind, chosen)
-    digest = None if scores is None else _digest([scores[r] for r in chosen if r in scores])
-    if old is not None and old["fingerprint"] == decides and digest in (None, old["scores_sha256"]):
+    kept = _kept(old, scores, lambda those: _fingerprint(cell, task, model_sha256, kind, those))
+    chosen = _chosen(kind, runs, scores, kept, read_result(result_path(out, cell)))
+    there = list(kept["runs"]) if kept else []
+    if kept and not set(chosen) - set(there):
         return place
+    if kept and kind == "lds" and "losses" not in kept:  # of a time when they were not written
+        kept, chosen, there = None, list(dict.fromkeys([*there, *chosen])), []
+    new = [r for r in chosen if r not in there]
     if scores is None:
         raise UserError(f"{cell.name}: there are no scores yet. {_first(cell, out)}.")
-    if missing := [r for r in chosen if r not in scores]:
+    if missing := [r for r in new if r not in scores]:
         raise UserError(f"{cell.name}: no scores of {missing[0]}. {_first(cell, out, missing[0])}.")
-    plan = _removal if kind == "removal" else _lds
-    jobs, told = plan(cell, task, {r: scores[r] for r in chosen})
-    described = {"version": VERSION, "kind": kind, "fingerprint": decides, **cell.described()}
-    described |= {"model_sha256": model_sha256, "recipe_options": _recipe(cell, task), "runs": chosen}
-    described |= {"scores_sha256": digest, "shows": lexical_leak(task)["shows"], "command": _command(cell, kind, runs)}
+    every = [*there, *new]
+    jobs, told = (_removal if kind == "removal" else _lds)(cell, task, {r: scores[r] for r in new}, kept)
+    decides = _fingerprint(cell, task, model_sha256, kind, every)
+    described: dict[str, Any] = {"version": VERSION, "kind": kind, "fingerprint": decides}
+    described |= {
+        **cell.described(),
+        "model_sha256": model_sha256,
+        "recipe_options": _recipe(cell, task),
+        "runs": every,
+    }
+    described |= {"scores_sha256": _digest(scores, every), "shows": lexical_leak(task)["shows"]}
+    commands = [*(kept["command"].split(" && ") if kept else []), _command(cell, kind, runs)]
+    described |= {"command": " && ".join(dict.fromkeys(commands))}
+    described |= {key: kept[key] for key in ("trainings", "timed", "seconds")} if kept else {}
     return Seed(place, described, jobs, told)
+
+
+def _kept(
+    old: dict[str, Any] | None, scores: Matrices | None, fingerprint: Callable[[Sequence[str]], str]
+) -> dict[str, Any] | None:
+    """A result whose runs stay: it is of these rows and trainings, and its runs' scores, where all are there, too."""
+    if old is None or "runs" not in old or fingerprint(old["runs"]) != old["fingerprint"]:
+        return None
+    digest = None if scores is None or old["scores_sha256"] is None else _digest(scores, old["runs"])
+    return old if digest in (None, old["scores_sha256"]) else None
 
 
 def _command(cell: Cell, kind: Kind, runs: Sequence[str] | None) -> str:
@@ -249,11 +273,13 @@ def _recipe(cell: Cell, task: Task) -> dict[str, Any]:
     return decisive(replace(options(cell, task), keep=0, early_stop=0))
 
 
-def _digest(scores: Sequence[Float[np.ndarray, "m n"]]) -> str:
-    """sha256 of matrices."""
+def _digest(scores: Matrices, runs: Sequence[str]) -> str | None:
+    """sha256 of the runs' matrices; None where not all are there."""
+    if not set(runs) <= set(scores):
+        return None
     sha = hashlib.sha256()
-    for s in scores:
-        sha.update(np.ascontiguousarray(s).tobytes())
+    for run in runs:
+        sha.update(np.ascontiguousarray(scores[run]).tobytes())
     return sha.hexdigest()
 
 
@@ -284,10 +310,12 @@ def _group(task: Task) -> tuple[str, list[int], int]:
     return label, queries, int(task.truth[queries[0]].sum())
 
 
-def _removal(
-    cell: Cell, task: Task, scores: Matrices
-) -> tuple[dict[str, Job], Callable[[Mapping[str, Retrained]], dict[str, Any]]]:
-    """Drop as many rows as are right for one class of queries, and train again."""
+Plan = tuple[dict[str, Job], Callable[[Mapping[str, Retrained]], dict[str, Any]]]
+"""The trainings by name, and what they are made into."""
+
+
+def _removal(cell: Cell, task: Task, scores: Matrices, kept: Mapping[str, Any] | None) -> Plan:
+    """Drop as many rows as are right for one class of queries, and train again. kept: a result that the runs join."""
     label, queries, k = _group(task)
     n = len(task.train)
     dropped: dict[str, list[int]] = {NOTHING: []}
@@ -300,6 +328,8 @@ def _removal(
     }
     jobs[AGAIN] = Job(cell, task, tuple(range(n)), cell.seed + SECOND, generate=True)
     dropped[AGAIN] = []
+    before: Mapping[str, Any] = kept["after"] if kept else {}
+    jobs = {name: job for name, job in jobs.items() if name not in before}
 
     def told(found: Mapping[str, Retrained]) -> dict[str, Any]:
         after = {
@@ -311,6 +341,9 @@ def _removal(
             }
             for name, r in found.items()
         }
+        every, last = {**before, **after}, (CHANCE, RIGHT, AGAIN)
+        order = [NOTHING, *(name for name in every if name not in (NOTHING, *last)), *last]
+        after = {name: every[name] for name in order}
         return {"class": label, "dropped": k, "rows": n, "queries": len(queries), "after": after}
 
     return jobs, told
@@ -319,10 +352,11 @@ def _removal(
 # ---------------------------------------------------------------- linear datamodeling score
 
 
-def _lds(
-    cell: Cell, task: Task, scores: Matrices
-) -> tuple[dict[str, Job], Callable[[Mapping[str, Retrained]], dict[str, Any]]]:
-    """Half-sets trained under two seeds: a main query's mean loss is the truth, the agreement the noise ceiling."""
+def _lds(cell: Cell, task: Task, scores: Matrices, kept: Mapping[str, Any] | None) -> Plan:
+    """Half-sets trained under two seeds: a main query's mean loss is the truth, the agreement the noise ceiling.
+
+    kept: a result that the runs join; its losses are there, and nothing is trained.
+    """
     main = _main(task)
     sets = half_sets(len(task.train), HALF_SETS, cell.seed)
     jobs = {
@@ -330,9 +364,13 @@ def _lds(
         for seed in (cell.seed, cell.seed + SECOND)
         for i, s in enumerate(sets)
     }
+    jobs = {} if kept else jobs
 
     def told(found: Mapping[str, Retrained]) -> dict[str, Any]:
-        losses = np.stack([found[name].loss[main] for name in jobs]).reshape(2, len(sets), -1)
+        if kept:
+            losses = np.array(kept["losses"])
+        else:
+            losses = np.stack([found[name].loss[main] for name in jobs]).reshape(2, len(sets), -1).round(6)
         mean = losses.mean(axis=0)
         score = lambda s: _told(lambda some: lds(s[main], sets[some], mean[some]), len(sets))  # noqa: E731
         return {
@@ -341,8 +379,9 @@ def _lds(
             "half_sets": len(sets),
             "seeds_of_each": 2,
             "noise_ceiling": _told(lambda some: noise_ceiling(*losses[:, some]), len(sets)),
-            "lds": {run: score(s) for run, s in scores.items()},
+            "lds": (kept["lds"] if kept else {}) | {run: score(s) for run, s in scores.items()},
             "knowing_the_class": score(task.truth.astype(float)),
+            "losses": losses.tolist(),
         }
 
     return jobs, told
