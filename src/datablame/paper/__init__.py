@@ -61,7 +61,7 @@ def _alignment(shows: str, name: str, smoke: str, cpu: str) -> Experiment:
 
 PLACES = {
     "smoke": "about 4 minutes, the model's 93 MB fetched once",
-    "cpu": "about 2 hours, a cell of some 10 minutes each",
+    "cpu": "3 to 4 hours, a cell of some 20 minutes each",
     "paper": "a GPU; never run here",
 }
 
