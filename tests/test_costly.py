@@ -175,6 +175,18 @@ def test_runs_that_differ_in_damping_share_one_product(
     assert made == ["hessian"]
 
 
+def test_runs_of_another_fine_tune_do_not_join(model_dir: Path, tmp_path: Path) -> None:
+    (path,) = run(model_dir, tmp_path / "out", methods="bm25")
+    result = json.loads(path.read_text())
+    loss = result["learnt"]["loss"]
+    path.write_text(json.dumps(result | {"learnt": result["learnt"] | {"loss": loss | {"tuned": 1.1 * loss["tuned"]}}}))
+    run(model_dir, tmp_path / "out", methods="kfac")
+    assert "it is another one" in json.loads(path.read_text())["results"]["reference"]["kfac@response"]["error"]
+    path.write_text(json.dumps(result))
+    run(model_dir, tmp_path / "out", methods="kfac")
+    assert "error" not in json.loads(path.read_text())["results"]["reference"]["kfac@response"]
+
+
 def test_a_product_is_kept_by_all_that_decides_it(tmp_path: Path) -> None:
     made: list[str] = []
 

@@ -195,8 +195,9 @@ def _add_costly(
     o = opened(cell, task, cache_dir() / "bench", model_sha256, **how)
     for need, chosen in by_need.items():
         how["reporter"].note(f"{cell.name}: {need.spelling} for {', '.join(chosen)}")
-        results = o.timed("costly", partial(costly_results, o, task, need, chosen, keep=keep, reporter=how["reporter"]))
         result = read_result(path) or {}
+        made = partial(costly_results, o, task, need, chosen, loss=result["learnt"]["loss"]["tuned"], keep=keep)
+        results = o.timed("costly", partial(made, reporter=how["reporter"]))
         seconds = result["seconds"] | {"costly": o.seconds["costly"]}
         save(path, _complete(result | {"results": results, "seconds": seconds, "command": command}))
 

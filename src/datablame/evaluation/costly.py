@@ -25,7 +25,7 @@ import numpy as np
 from datablame.checkpoints import find
 from datablame.encoding import encode_rows
 from datablame.errors import UserError
-from datablame.evaluation.cell import RESPONSES, Opened, kept_results
+from datablame.evaluation.cell import RESPONSES, Opened, kept_results, token_loss
 from datablame.evaluation.scoring import Scored, score_runs
 from datablame.evaluation.suites import Beyond, beyond, split
 from datablame.evaluation.tasks import Task
@@ -67,10 +67,11 @@ def groups(runs: Sequence[str]) -> dict[Beyond, list[str]]:
 
 
 def costly_results(
-    o: Opened, task: Task, need: Beyond, runs: Sequence[str], *, keep: bool, reporter: Reporter
+    o: Opened, task: Task, need: Beyond, runs: Sequence[str], *, loss: float, keep: bool, reporter: Reporter
 ) -> dict[str, dict[str, Any]]:
     """`{set of responses: {run: …}}` as a result file keeps it, beside it `captured`, and the seconds of that.
 
+    loss: of the reference responses, as the cell's result has it: runs of another fine-tune do not join it.
     Where the features cannot be captured, every run says why.
     """
     start, steps, seconds = time.perf_counter(), list[int](), 0.0
@@ -82,6 +83,8 @@ def costly_results(
         options, steps = _options(o, need)
         stores = _captured(o, options, folder, reporter) if any(left.values()) else {}
         seconds = round(time.perf_counter() - start, 1)
+        if stores:
+            _check_same(token_loss(stores["reference"])["tuned"], loss)
         for s in (s for s in RESPONSES if left[s]):
             scored[s] |= score_runs(
                 left[s], train := stores["train"], stores[s], reporter, _products(o, task, train, folder)
@@ -98,6 +101,15 @@ def costly_results(
     results = kept_results(task, scored, o.folder)
     captured = {"captured": need.spelling, "capture_seconds": seconds} | ({"checkpoints": steps} if steps else {})
     return {s: {run: found[run] | captured for run in runs} for s, found in results.items()}
+
+
+def _check_same(found: float, loss: float) -> None:
+    """The same seed gives the same fine-tune up to rounding, also where it is made again on another machine."""
+    if abs(found - loss) > 0.01 * loss:
+        raise UserError(
+            f"the fine-tune in the cache has a loss of {found:.4f} on the queries, that of the cell's result "
+            f"{loss:.4f}: it is another one. Delete the result, and run the cell again."
+        )
 
 
 def _products(o: Opened, task: Task, train: FeatureStore, folder: Path) -> Callable[[Method], Product]:
