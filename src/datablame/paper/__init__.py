@@ -43,12 +43,12 @@ LINEAR = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 20 minute
 WIDTHS = {"smoke": "under 1 minute, 12 MB fetched once", "cpu": "about 6 minutes, 1 GB of memory"}
 ITERATIONS = {
     "smoke": "6 minutes, the model's 93 MB fetched once",
-    "cpu": "about 4 hours on one core; minutes where the cells are there with their features",
+    "cpu": "about 4 hours on one core; a minute where the cells are there with its runs",
     "paper": "a GPU; never run here",
 }
 ALONG = {
     "smoke": "4 minutes, the model's 93 MB fetched once",
-    "cpu": "about 2½ hours, in pieces of a few minutes",
+    "cpu": "about 4 hours on one core, in pieces of some minutes, which two processes share",
     "paper": "a GPU; never run here",
 }
 
