@@ -94,7 +94,7 @@ class AdamDot(GradDot):
         unmoved = [block for block in self.adam.gradients if not self.adam.v[block].any()]
         if unmoved:
             warnings.warn(
-                f"the optimizer has seen no gradient of {len(unmoved)} of {len(self.adam.gradients)} blocks yet, which "
-                f"contribute 0 to the scores (the first: {unmoved[0]!r}; LoRA's A has none while B is 0).",
+                f"the optimizer has seen only zero gradients of {len(unmoved)} of {len(self.adam.gradients)} blocks, "
+                f"which contribute 0 to the scores (the first: {unmoved[0]!r}; LoRA's A has none while B is 0).",
                 stacklevel=4,
             )
