@@ -159,16 +159,15 @@ def limited(run: str, task: Task, responses: str = "reference") -> str:
     method = parse(split(run)[0])
     if method.needs != "operator":
         return ""
-    sizes = {"rows": len(task.train), "queries": len(task.queries), "steps": getattr(method, "steps", 0)}
-    allowed = f"at most {VECTORS} of both together"
-    beyond_it = sizes["rows"] + sizes["queries"] > VECTORS
+    sizes = {"rows": len(task.train), "queries": len(task.queries)}
     if hasattr(method, "steps"):
-        allowed = "at most " + ", ".join(f"{limit} {what}" for what, limit in OPERATOR.items())
-        beyond_it = any(size > OPERATOR[what] for what, size in sizes.items())
+        sizes["steps"] = method.steps
+        too_many = any(size > OPERATOR[what] for what, size in sizes.items())
+        most = ", ".join(f"{limit} {what}" for what, limit in OPERATOR.items())
     else:
-        del sizes["steps"]
-    if beyond_it:
-        return f"{', '.join(f'{size} {what}' for what, size in sizes.items())}: a cell allows {allowed}."
+        too_many, most = sum(sizes.values()) > VECTORS, f"{VECTORS} of both together"
+    if too_many:
+        return f"{', '.join(f'{size} {what}' for what, size in sizes.items())}: a cell allows at most {most}."
     return "" if responses == "reference" else "Products with the curvature are for the reference responses alone."
 
 
