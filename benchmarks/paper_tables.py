@@ -80,7 +80,8 @@ def _grid(r: dict[str, Any], corner: str, names: list[str], cell: Callable[[dict
 def figure7(r: dict[str, Any]) -> str:
     """The page's tables, and its verdicts."""
     tables = [f"**{t.title}**\n\n{bench_tables.markdown([t.headings, *t.rows])}" for t in widths.tables(r)]
-    verdicts = [f"- {widths.verdict(s)}" for s in r["settings"]]
+    apart = widths.told_apart(r)
+    verdicts = [f"- {widths.verdict(s, apart)}" for s in r["settings"]]
     where = f"{r['machine']}, {r['threads']} thread(s), {len(r['run']['protocol']['seeds'])} seeds. `{r['command']}`"
     return "\n\n".join([*tables, "\n".join([*verdicts, *(f"- {s}" for s in widths.stops(r))]), where])
 

@@ -344,12 +344,47 @@ def told(narrow: float, wide: float, logits: float, matched: float) -> dict[str,
         ((0.95, 0.85, 0.1, 0.0), "more than the logits' in 0. Up to the same accuracy it falls in 0, rises in 0."),
         ((0.5, 0.1, 0.0, 0.0), "the claim holds in part. "),  # was not high to begin with
         ((0.95, 0.95, 0.0, 0.0), "the claim does not hold."),
+        ((0.75, 0.75, 0.0, 0.0), "the claim is not decided."),  # no fall, and not high either
         ((0.9, 0.99, 0.0, -0.1), "it falls in 0, rises in 4."),
         ((0.9, 0.99, 0.0, -0.1), "falls in 0, rises in 4. Steps to 90% accuracy, by width: 2"),
     ],
 )
 def test_the_verdict_follows_the_numbers(numbers: tuple[float, float, float, float], said: str) -> None:
-    assert said in figure7.verdict(told(*numbers))
+    s = told(*numbers)
+    assert said in figure7.verdict(s, figure7.told_apart({"settings": [s]}))
+
+
+def test_falls_are_corrected_over_all_of_one_change(found: dict[str, Any]) -> None:
+    """Against SciPy's test of each fall, and Holm's steps written out; a setting more makes every p larger or equal."""
+    (s,) = found["settings"]
+    other = {**s, "name": "other"}
+    p = correlation.corrected([s, other])
+    ways = [(part, a, b) for part in correlation.PARTS for a, b in figure7.WAYS]
+    values = [s["falls"][part][a][b]["parameters"]["values"] for part, a, b in ways]
+    raw = [1.0 if not any(v) else float(stats.ttest_1samp(v, 0).pvalue) for v in values if len(v) > 1]
+    assert len(raw) > 4
+    expected, largest = {}, 0.0
+    for k, one in enumerate(sorted(raw + raw)):
+        expected[one] = largest = max(largest, min(1.0, (2 * len(raw) - k) * one))
+    got = [v for key, v in p.items() if key[0] == s["name"] and key[-1] == "parameters"]
+    assert got == pytest.approx([expected[one] for one in raw])
+    alone = correlation.corrected([s])
+    assert all(alone[key] <= p[key] for key in alone)
+
+
+def test_what_no_correction_survives_is_not_counted() -> None:
+    """Seeds that agree loosely: each fall is significant alone, and none of thirty-two is."""
+    s = told(0.95, 0.85, 0.1, 0.1)
+    loose = correlation.over([0.08, 0.1, 0.12])
+    assert loose["interval95"][0] > 0
+    for part in s["falls"].values():
+        for ways in part.values():
+            for kind in ways:
+                ways[kind] = {**ways[kind], "parameters": loose}
+    settings = [{**s, "name": name} for name in "abcd"]
+    apart = figure7.told_apart({"settings": settings})
+    assert not any(fall[-1] == "parameters" for fall in apart)
+    assert "does not hold" in figure7.verdict(settings[0], apart)
 
 
 def test_end_to_end(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from datablame.evaluation.intervals import holm
 from datablame.paper.results import interval
 from datablame.paper.twolayer import MEASURES, Plan, Setting, spaced
 
@@ -92,6 +93,41 @@ def _falls(narrow: Mapping[int, Tree], wide: Mapping[int, Tree]) -> Tree:
             beyond = [_minus(p, f) for p, f in zip(falls["parameters"], falls["logits"], strict=True)]
             out[s][k] = {**{c: over(v) for c, v in falls.items()}, "beyond the function": over(beyond)}
     return out
+
+
+FALLING = (*CHANGES, "beyond the function")
+"""What falls from the narrowest to the widest."""
+Fall = tuple[str, str, str, str, str]
+"""(setting, part, spacing, coefficient, one of FALLING)."""
+
+
+def corrected(settings: Sequence[Mapping[str, Any]]) -> dict[Fall, float]:
+    """p of every fall of the settings' summaries that has values for two seeds.
+
+    Student's t over seeds, two-sided, after Holm's correction over all falls of the same change, whatever the setting,
+    the part, the spacing and the coefficient.
+    """
+    out: dict[Fall, float] = {}
+    for change in FALLING:
+        found = {
+            (s["name"], part, spacing, kind, change): s["falls"][part][spacing][kind][change]["values"]
+            for s in settings
+            for part in PARTS
+            for spacing in SPACINGS
+            for kind in COEFFICIENTS
+        }
+        p = {key: _p(values) for key, values in found.items() if len(values) > 1}
+        out |= dict(zip(p, holm(np.array(list(p.values()))).tolist(), strict=True))
+    return out
+
+
+def _p(values: Sequence[float]) -> float:
+    """Of Student's t against 0; values that do not differ at all have no t, and decide alone."""
+    from scipy import stats
+
+    if np.ptp(values) == 0:
+        return 0.0 if values[0] else 1.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
 def summary(setting: Setting, plan: Plan, runs: Mapping[int, Mapping[int, Run]]) -> dict[str, Any]:
