@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,10 +20,12 @@ from datablame.evaluation import truth_tables
 from datablame.evaluation.cell import RECIPES
 from datablame.evaluation.results import TaskResults, by_class, load_results
 from datablame.evaluation.suites import (
+    APPROXIMATION,
     DAMPING,
     EXACTNESS,
     MATRICES,
     OPENING,
+    PROTOCOL,
     RETRAINED,
     STEPS,
     WHICH_SIDE,
@@ -245,8 +247,8 @@ def matrices() -> str:
     return f"{bench_tables.markdown(rows)}\n\n`{task}`, seed {seed}."
 
 
-def opening() -> str:
-    """Both truths side by side, for a reader who sees one table; of tasks that at least one seed has learnt."""
+def joined(told: Sequence[tuple[str, str]]) -> str:
+    """Some runs on both truths side by side, for a reader who sees one table; of tasks that a seed has learnt."""
     every = _found(RESULTS, "sound")
     found = {task: t for task, t in every.items() if any(r["learnt"]["learnt"] for r in t.results)}
     truth, _ = truth_tables.load_truth(RESULTS / "bench", "smollm2-135m", "cpu", "lds")
@@ -254,14 +256,14 @@ def opening() -> str:
     if not truth:
         return "*Not run yet.*"
     same = {task: found[task].of_seeds([r["seed"] for r in results]) for task, results in truth.items()}
-    heads, sides, *kinds = bench_tables.headline_rows(found, told=OPENING)
-    tasks = bench_tables.ladder_rows(same, ladders={"": OPENING}, steps=False)[-len(kinds) :]
-    _, *halves, knowing, ceiling = truth_tables.lds_some(truth, OPENING)
+    heads, sides, *kinds = bench_tables.headline_rows(found, told=told)
+    tasks = bench_tables.ladder_rows(same, ladders={"": told}, steps=False)[-len(kinds) :]
+    _, *halves, knowing, ceiling = truth_tables.lds_some(truth, told)
     of_truth = [x for t in truth for x in (bench_tables.shows(same[t]), "")]
     rows = [["", *heads[1:], *(f"{t}: {what}" for t in truth for what in ("by label", "by retraining"))]]
     rows.append([*sides, *of_truth])
     for name, of_kinds, of_tasks, of_halves in zip(
-        (*(name for name, _ in OPENING), "chance"),
+        (*(name for name, _ in told), "chance"),
         kinds,
         tasks,
         (*halves, ["", *("0.00" for _ in truth)]),
@@ -303,7 +305,12 @@ BENCH: dict[str, Callable[[dict[str, TaskResults]], str]] = {
 
 SOME = {"lds_some": RETRAINED, "lds_steps": STEPS}
 """Some runs against retraining on half-sets."""
-JOINED = {"opening": opening, "matrices": matrices}
+JOINED = {
+    "opening": lambda: joined(OPENING),
+    "protocol": lambda: joined(PROTOCOL),
+    "approximation": lambda: joined(APPROXIMATION),
+    "matrices": matrices,
+}
 """Tables of labels and of retraining together."""
 
 

@@ -20,13 +20,13 @@ from datablame.evaluation import finetunes, scoring, tasks
 from datablame.evaluation.cell import FEATURES, Cell
 from datablame.evaluation.leak import hidden_leak
 from datablame.evaluation.metrics import METRICS
-from datablame.evaluation.result_files import result_path
+from datablame.evaluation.result_files import failures, result_path
 from datablame.evaluation.results import load_results
 from datablame.evaluation.suites import runs
 from datablame.evaluation.tables import HEADINGS
 from datablame.models import ModelSpec, load
 from datablame.report.bench import write_bench
-from datablame.store import DiskError
+from datablame.store import DiskError, FeatureStore
 
 __all__ = ["one_task"]  # a fixture that every test here uses
 
@@ -111,8 +111,9 @@ def test_a_result_keeps_the_residual_of_a_solver(model_dir: Path, tmp_path: Path
     assert "residual" not in found["graddot@response"]
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     path.unlink()
-    (folder / FEATURES).rename(folder / "features-1")
-    manifest = folder / "features-1" / "train" / "manifest.json"
+    old = folder / "features-1"
+    (folder / FEATURES).rename(old)  # of no view but the response
+    manifest = old / "train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"schema": ', '"schema": 1'))
     run(model_dir, tmp_path / "out", methods=steps)
     assert json.loads(path.read_text())["results"]["reference"]["graddot@response"] | {"seconds": 0} == (
@@ -125,9 +126,8 @@ def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path
     (path,) = run(model_dir, tmp_path / "out", keep=True)
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     from datablame.evaluation import metrics, views
-    from datablame.store import FeatureStore
 
-    train, queries = FeatureStore.open(folder / FEATURES / "train"), FeatureStore.open(folder / FEATURES / "reference")
+    train, queries = (FeatureStore.open(folder / f"{FEATURES}-prompt-padded" / s) for s in ("train", "reference"))
     dots = {}
     for view in views.VIEWS:
         g, v = views.gradients(train, view), views.gradients(queries, view)
@@ -397,7 +397,12 @@ def test_every_command_that_made_runs_of_a_cell_is_kept(model_dir: Path, tmp_pat
 def test_a_padded_view_that_is_not_finite_is_told(model_dir: Path, tmp_path: Path) -> None:
     cell = Cell(str(model_dir), "tiny", "smoke", 0)
     with pytest.raises(UserError, match=r"row 0 \(id 0\): under the view padded, .* is not finite"):
-        cell_module.run_cell(cell, tiny(), ["bm25"], tmp_path, "sha", dtype="float64")
+        cell_module.run_cell(cell, tiny(), ["graddot@padded"], tmp_path, "sha", dtype="float64")
+    # It is captured where a run asks for it, and not else; `all` needs the prompt's.
+    found = cell_module.run_cell(cell, tiny(), ["bm25", "graddot@all"], tmp_path, "sha", dtype="float64")
+    assert not failures(found)
+    (stores,) = tmp_path.glob(f"*/{FEATURES}-prompt")
+    assert not FeatureStore.open(stores / "train").features("padded-gradients")
 
 
 def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Path, tmp_path: Path) -> None:

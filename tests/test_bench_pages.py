@@ -327,6 +327,8 @@ def test_pages_say_what_has_not_been_run(script: ModuleType, tmp_path: Path) -> 
         "table4",
         "hours",
         "opening",
+        "protocol",
+        "approximation",
         "matrices",
     ):
         assert table(script, name) == f"<!-- table: {name} -->\n*Not run yet.*\n<!-- end -->"

@@ -125,12 +125,15 @@ def test_from_cells_to_a_page(deep: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ]  # fmt: skip
     files = {p.name: json.loads(p.read_text()) for p in (tmp_path / "bench").rglob("*.json")}
     names = ["-layers.3", "", "-layers.0.1.2.3", "-layers.2.3.4.5"]
-    by_cell = [files[f"grammars-sound{n}-s0.json"]["results"]["reference"] for n in names]
+    whole = [files[f"grammars-sound{n}-s0.json"]["results"] for n in names]
+    there_whole = dict(zip((c["label"] for c in r["cells"]), whole, strict=True))
+    by_cell = [found["reference"] for found in whole]
     for c, there in zip(r["cells"], by_cell, strict=True):
         for run in RUNS:
             expected = interval(np.array([there[run]["auroc"]]), same_queries=False)
             assert c["runs"][run]["auroc"]["value"] == pytest.approx(np.mean(there[run]["auroc"]), abs=1e-5)
             assert c["runs"][run]["auroc"]["interval95"] == pytest.approx(expected[1:], abs=1e-4)
+        assert ("generated" in there_whole[c["label"]]) == (c["layers"] is None)
         for control in CONTROLS.values():  # they see no trained layer
             assert there[control]["auroc"] == by_cell[0][control]["auroc"]
     # A fine-tune that was not learnt is in no test; the others are held against all layers, paired by query.

@@ -23,6 +23,7 @@ from datablame.evaluation.cell import FEATURES, Cell, features, fingerprint, tok
 from datablame.evaluation.scoring import measured, n_classes, rounded, score_runs
 from datablame.evaluation.suites import split
 from datablame.evaluation.tasks import Task
+from datablame.evaluation.views import captured_for
 from datablame.indexing import SILENT, Reporter
 from datablame.locks import alone
 from datablame.models import ModelSpec, load
@@ -101,8 +102,7 @@ def _found(
 ) -> dict[str, Any]:
     loaded = load(ModelSpec(cell.model, str(checkpoint), device, dtype))
     encoder = Encoding(loaded.tokenizer, None, loaded.max_length)
-    asked = {split(run)[1] for run in runs}
-    seen = sorted({"prompt" if view == "all" else view for view in asked if view not in (None, "response")})
+    seen = captured_for(split(run)[1] for run in runs)
     sets = {"train": list(task.train), "queries": list(task.queries)}
     there = features(sets, stores, loaded, encoder, seen, reporter)
     scored = score_runs(runs, there["train"], there["queries"], reporter)

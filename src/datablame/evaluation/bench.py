@@ -178,7 +178,8 @@ def _tidy(folder: Path, keep: bool) -> None:
     if keep:
         kept.touch()
     if not kept.exists():
-        shutil.rmtree(folder / FEATURES, ignore_errors=True)
+        for stores in folder.glob(f"{FEATURES}*"):
+            shutil.rmtree(stores, ignore_errors=True)
 
 
 def _add_costly(

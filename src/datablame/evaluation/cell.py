@@ -4,7 +4,8 @@
     data       train.jsonl, queries.jsonl          the task and its seed
     tune       (finetunes/, see finetunes.py)      the rows and the recipe
     answers    answers.json                        the queries, answered by the tuned and by the base model
-    features   features-VERSION/ (train, reference, generated)   stores: all views of the loss, hidden states
+    features   features-VERSION-VIEWS/ (train, reference, generated)   stores: gradients of the views that the runs
+                                                ask for, hidden states
     scores     the result, a small JSON            every run (`method@view`) on both sets of responses
 
 The folder's name carries a digest of everything that decides its content, so that nothing stale is ever read. The
@@ -29,6 +30,7 @@ from datablame.evaluation import metrics, views
 from datablame.evaluation.finetunes import fine_tuned
 from datablame.evaluation.leak import lexical_leak
 from datablame.evaluation.scoring import Scored, keep_matrices, measured, n_classes, rounded, score_runs
+from datablame.evaluation.suites import split
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
 from datablame.models import Loaded, ModelSpec, answers, load
@@ -48,7 +50,7 @@ PAPER_ENCODING = EncodingOptions(template="paper", loss_on="all", pad_to=views.P
 """The released code's rows: no end-of-text token, and a BOS where the tokenizer adds one by itself, as Llama's does."""
 MAX_NEW_TOKENS = 48
 FEATURES = f"features-{SCHEMA}-{ANSWERED}"
-"""In a cell's folder: its stores. Those of another version are not read."""
+"""In a cell's folder, with the captured views behind it: its stores. Those of another version are not read."""
 SCORED = f"scored-{SCHEMA}-{ANSWERED}"
 """In a cell's folder, until its result is written: what is scored already."""
 RESPONSES = ("reference", "generated")
@@ -129,12 +131,20 @@ def run_cell(
 ) -> dict[str, Any]:
     """Everything for one cell; the result as `benchmarks/results/` keeps it. The feature stores are there still."""
     o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
-    stores = o.timed("features", lambda: features(o.rows, o.folder / FEATURES, o.loaded, o.encoder, reporter=reporter))
+    rows = {name: o.rows[name] for name in ("train", *answered(cell))}
+    seen = views.captured_for(split(run)[1] for run in runs)
+    there = o.folder / "-".join([FEATURES, *seen])
+    stores = o.timed("features", lambda: features(rows, there, o.loaded, o.encoder, seen, reporter))
     score = lambda s: score_runs(runs, stores["train"], stores[s], reporter, kept=o.folder / SCORED / s)  # noqa: E731
-    scored = o.timed("scores", lambda: {s: score(s) for s in RESPONSES})
+    scored = o.timed("scores", lambda: {s: score(s) for s in answered(cell)})
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
     result |= _described(cell, task, o.said, stores["reference"])
     return result | {"answered": ANSWERED, "results": kept_results(task, scored, o.folder), "seconds": o.seconds}
+
+
+def answered(cell: Cell) -> tuple[str, ...]:
+    """Of RESPONSES, those that are attributed. A cell of some layers has the reference alone: Figure 8 asks no more."""
+    return RESPONSES if cell.layers is None else RESPONSES[:1]
 
 
 @dataclass(frozen=True)
@@ -195,7 +205,7 @@ def kept_results(task: Task, scored: Mapping[str, Mapping[str, Scored]], folder:
     """`{set of responses: {run: …}}` for a result file; the matrices of the reference responses stay in the folder."""
     keep_matrices(folder / MATRICES, scored["reference"])
     results = {s: {run: measured(task, run, x) for run, x in found.items()} for s, found in scored.items()}
-    for found in results["generated"].values():
+    for found in results.get("generated", {}).values():
         found.pop("heat", None)  # pictures are of the reference responses
     return results
 

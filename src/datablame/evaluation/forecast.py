@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datablame.encoding import Encoding, encode_rows
-from datablame.evaluation.cell import Cell, options
+from datablame.evaluation.cell import Cell, answered, options
 from datablame.evaluation.costly import CHECKPOINTS, CHUNK, groups, limited
 from datablame.evaluation.suites import Beyond, split
 from datablame.evaluation.tasks import Task
-from datablame.evaluation.views import PAD_TO
+from datablame.evaluation.views import PAD_TO, captured_for
 from datablame.extras import parse_list
 from datablame.indexing import duration
 from datablame.methods import parse
@@ -49,18 +49,20 @@ class Plan:
 
 
 def tokens(cell: Cell, task: Task, runs: Sequence[str] = (), *, views: bool = True, trained: bool = False) -> int:
-    """Tokens forward and backward, roughly: training, three views of rows and of both sets of responses.
+    """Tokens forward and backward, roughly: training, the views of rows and of the sets of responses.
 
-    runs: with features or products beyond them, each with its passes · views: are those three still to be captured? ·
-    trained: is the fine-tune there?
+    runs: they say which views, and have passes of their own with features or products beyond them · views: are any
+    still to be captured? · trained: is the fine-tune there?
     Answers and scores are not counted: at cpu scale they take about the time that the views, whose batches are larger,
     stay below the rate of the training.
     """
-    train, queries = row_tokens(cell.model, task.train), 2 * row_tokens(cell.model, task.queries)
-    padded = PAD_TO * (len(task.train) + 2 * len(task.queries))
+    sets = len(answered(cell))
+    train, queries = row_tokens(cell.model, task.train), sets * row_tokens(cell.model, task.queries)
+    a_token = 1.3 + ("prompt" in (seen := captured_for(split(run)[1] for run in runs)))
+    padded = PAD_TO * (len(task.train) + sets * len(task.queries)) if "padded" in seen else 0
     epochs = 0 if trained else options(cell, task).epochs
     per_epoch = PAD_TO * len(task.train) if cell.recipe == "paper" else train
-    usual = 2.3 * (train + queries) + padded if views else 0.0
+    usual = a_token * (train + queries) + padded if views else 0.0
     more = [passes(need, len(task.train)) for need in groups(runs)]
     shared = {_undamped(run): run for run in runs}
     more += [(products(run, task), 0.0) for run in shared.values()]

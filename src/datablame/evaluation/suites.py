@@ -172,6 +172,14 @@ OPENING = (
     ("words of the response", "bm25:text=response"),
 )
 """What the README opens with: the paper's methods, the protocol's steps, the controls."""
+PROTOCOL = (
+    *OPENING[:3],
+    *OPENING[4:7],
+    OPENING[3],
+    ("RepSim, middle layer, of a model never fine-tuned", "repsim-base:layer=middle,text=response"),
+    ("words of prompt and response (BM25)", "bm25:text=both"),
+)
+"""Of the opening, what tells protocol apart from method."""
 EXACTNESS = tuple(
     (f"{name}, {words}", f"{method}@{view}")
     for view, words in (("all", "prompt and response"), ("response", "response alone"))
@@ -257,6 +265,8 @@ DAMPING = {
     for view, words in (("all", "prompt and response"), ("response", "response alone"))
 }
 """What the unit of damping does, beside a cosine."""
+APPROXIMATION = tuple((f"{name}; {words}", run) for words, ladder in DAMPING.items() for name, run in ladder)
+"""The same, in one table with retraining."""
 WHICH_SIDE = {
     name: tuple((words, f"{method}{of}{side}") for side, words in sides)
     for name, method, of, sides in (

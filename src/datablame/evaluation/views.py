@@ -15,7 +15,7 @@ no gradient in the attention's weights; eager attention in float64 gives NaN.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,13 @@ VIEWS = ("response", "prompt", "all", "padded")
 CAPTURED = ("prompt", "padded")
 """Views that are captured beside the response; `all` is a sum."""
 PAD_TO = 128
+
+
+def captured_for(asked: Iterable[str | None]) -> tuple[str, ...]:
+    """Of CAPTURED, the views that runs with the views `asked` need."""
+    asked = set(asked)
+    needed = {"prompt": {"prompt", "all"}, "padded": {"padded"}}
+    return tuple(view for view in CAPTURED if needed[view] & asked)
 
 
 def prompt_only(row: Encoded) -> Encoded:
