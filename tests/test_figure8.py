@@ -169,6 +169,9 @@ def test_from_cells_to_a_page(deep: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert drawn.layout.yaxis.title.text
         looks = [(t["line"]["dash"], t.get("marker", {}).get("symbol")) for t in view["data"]]
         assert len(set(looks)) == len(looks)  # told apart without colour
+        places = [t["x"][0] for t in view["data"] if "markers" in t["mode"]]
+        assert len(set(places)) == len(places) > 5  # bars beside each other
+        assert all(round(x) == 0 for x in places)
     assert "Figure 8" in write_page(page, tmp_path / "page.html").read_text()
 
     # A run that is there is kept; another one is not written over it; what is half done goes on.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from datablame.errors import UserError
 from datablame.paper import Page, Request, Table, experiment
-from datablame.paper.panels import Style, curve, level, panels, share
+from datablame.paper.panels import Style, beside, curve, level, panels, share
 from datablame.paper.results import already_there, difference, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
@@ -266,7 +266,8 @@ def show(out: Path, name: str) -> Page:
 
 NOTES = (
     "See: from left to right the loss falls; whether a line climbs or drops with it, whether DataInf does what GradSim "
-    "does, and whether the same lines look alike under the response's loss. Bars: 95 % intervals over queries.",
+    "does, and whether the same lines look alike under the response's loss. Bars: 95 % intervals over queries; points "
+    "of one checkpoint stand a little beside each other.",
     "padded: the paper's loss, 128 tokens of which all are labelled; RepSim as released. response: the loss that was "
     "trained; RepSim in the middle layer over the response. The fine-tune is one and the same. GradSim: the dot "
     "product of gradients. cosine: block by block; centred: over the row, without the training rows' mean; "
@@ -371,12 +372,13 @@ def _views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _lines(x: Mapping[str, Any], view: int, metric: str) -> list[dict[str, Any]]:
     points, made = x["checkpoints"], []
-    for method, runs in METHODS.items():
-        some = [p for p in points if runs[view] in p["runs"]]
-        at = [p["loss"]["train"]["tuned"] for p in some]
-        made.append(curve(STYLES[method], at, [p["runs"][runs[view]][metric] for p in some]))
     losses = [p["loss"]["train"]["tuned"] for p in points]
     ends = max(losses), min(losses)
+    for k, (method, runs) in enumerate(METHODS.items()):
+        aside = beside(k, len(METHODS), 0.02 * (ends[0] - ends[1]))
+        some = [p for p in points if runs[view] in p["runs"]]
+        at = [p["loss"]["train"]["tuned"] + aside for p in some]
+        made.append(curve(STYLES[method], at, [p["runs"][runs[view]][metric] for p in some]))
     words, chance = CONTROL
     if BM25 in points[0]["runs"]:  # it looks at no model
         made.append(level(words, points[0]["runs"][BM25][metric]["value"], ends))

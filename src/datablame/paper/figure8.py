@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datablame.paper import Cells, Page, Request, Table, experiment
-from datablame.paper.panels import COLOURS, Style, Trace, curve
+from datablame.paper.panels import COLOURS, Style, Trace, beside, curve
 from datablame.paper.results import already_there, point, read, too_few, with_half, write
 
 if TYPE_CHECKING:
@@ -240,7 +240,8 @@ def show(out: Path, name: str) -> Page:
 
 NOTES = (
     "See: whether any line of a gradient method climbs towards RepSim as more layers are trained, or depends on where "
-    "the four are, and whether the same methods do so on the response's loss. Bars: 95 % intervals over queries.",
+    "the four are, and whether the same methods do so on the response's loss. Bars: 95 % intervals over queries; "
+    "lines stand a little beside each other.",
     "Number: so many layers, spread evenly over the depth (our choice; the paper does not say which it took). Place: "
     "four consecutive ones. Every point is a fine-tune of its own, of one seed.",
     "as released: the paper's loss, 128 tokens of which all are labelled. response: the loss that was trained. RepSim "
@@ -296,10 +297,13 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     drawn = {}
     for question, words in QUESTIONS.items():
         some = [c for c in r["cells"] if c["question"] == question]
-        x = [f"{c['label']}{'' if c['learnt'] else ' (not learnt)'}" for c in some]
+        x = list(range(len(some)))
+        ticks = [f"{c['label']}{'' if c['learnt'] else ' (not learnt)'}" for c in some]
         for protocol, methods in METHODS.items() if len(some) > 1 else ():
             for m, metric in METRICS.items():
-                data = [_line(STYLES[n], run, x, some, m) for n, run in methods.items()]
+                asides = [beside(k, len(methods), 0.3) for k in range(len(methods))]
+                lines = zip(asides, methods.items(), strict=True)
+                data = [_line(STYLES[n], run, [at + aside for at in x], some, m) for aside, (n, run) in lines]
                 levels = {
                     n: [c["runs"].get(run, {}).get(m, {}).get("value") for c in some] for n, run in CONTROLS.items()
                 }
@@ -311,11 +315,11 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                     for (n, y), d in zip(levels.items(), dashes, strict=True)
                 ]
                 axis = {"title": {"text": f"{metric}, {protocol}"}, "range": [-0.03, 1.05]}
-                layout = {"xaxis": {"title": {"text": words}, "type": "category"}, "yaxis": axis}
+                layout = {"xaxis": {"title": {"text": words}, "tickvals": x, "ticktext": ticks}, "yaxis": axis}
                 drawn[f"{metric} by {question}, {protocol}"] = {"data": data, "layout": layout}
     return drawn
 
 
-def _line(style: Style, run: str, x: Sequence[str], some: Sequence[Mapping[str, Any]], metric: str) -> Trace:
+def _line(style: Style, run: str, x: Sequence[float], some: Sequence[Mapping[str, Any]], metric: str) -> Trace:
     points = {at: c["runs"][run][metric] for at, c in zip(x, some, strict=True) if run in c["runs"]}
     return curve(style, list(points), list(points.values()))

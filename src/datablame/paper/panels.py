@@ -59,6 +59,11 @@ def curve(style: Style, x: Sequence[float] | Sequence[str], points: Sequence[Map
     return trace
 
 
+def beside(k: int, count: int, span: float) -> float:
+    """How far the k-th of `count` lines stands from the place that all share, so that their bars can be told apart."""
+    return span * (k / (count - 1) - 0.5)
+
+
 def level(style: Style, value: float, ends: Sequence[float]) -> Trace:
     """A line across the panel, from one end to the other."""
     trace: Trace = {"type": "scatter", "mode": "lines", "name": style.name, "x": list(ends), "y": [value] * 2}
