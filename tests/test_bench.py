@@ -112,7 +112,7 @@ def test_a_result_keeps_the_residual_of_a_solver(model_dir: Path, tmp_path: Path
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     path.unlink()
     old = folder / "features-1"
-    (folder / FEATURES).rename(old)  # of no view but the response
+    (folder / f"{FEATURES}-response").rename(old)
     manifest = old / "train" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"schema": ', '"schema": 1'))
     run(model_dir, tmp_path / "out", methods=steps)
@@ -127,7 +127,8 @@ def test_scores_are_those_of_the_stores_they_come_from(model_dir: Path, tmp_path
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     from datablame.evaluation import metrics, views
 
-    train, queries = (FeatureStore.open(folder / f"{FEATURES}-prompt-padded" / s) for s in ("train", "reference"))
+    stores = folder / f"{FEATURES}-response-prompt-padded"
+    train, queries = FeatureStore.open(stores / "train"), FeatureStore.open(stores / "reference")
     dots = {}
     for view in views.VIEWS:
         g, v = views.gradients(train, view), views.gradients(queries, view)
@@ -338,7 +339,7 @@ def test_features_outlive_a_result_that_cannot_be_written(
         with pytest.raises(OSError, match="no space"):
             run(model_dir, tmp_path / "out", methods="bm25")
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
-    assert {p.name for p in (folder / FEATURES).iterdir()} == {"train", "reference", "generated"}
+    assert {p.name for p in (folder / f"{FEATURES}-response").iterdir()} == {"train", "reference", "generated"}
     file = tmp_path / "a-file"
     file.write_text("")
     monkeypatch.setattr(bench_module, "load", lambda spec: pytest.fail("--out was looked at too late"))
@@ -394,15 +395,24 @@ def test_every_command_that_made_runs_of_a_cell_is_kept(model_dir: Path, tmp_pat
     assert json.loads(path.read_text())["command"] == f"{first} && {more}"
 
 
-def test_a_padded_view_that_is_not_finite_is_told(model_dir: Path, tmp_path: Path) -> None:
+def test_views_are_captured_where_a_run_asks_for_them(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cell = Cell(str(model_dir), "tiny", "smoke", 0)
     with pytest.raises(UserError, match=r"row 0 \(id 0\): under the view padded, .* is not finite"):
-        cell_module.run_cell(cell, tiny(), ["graddot@padded"], tmp_path, "sha", dtype="float64")
-    # It is captured where a run asks for it, and not else; `all` needs the prompt's.
-    found = cell_module.run_cell(cell, tiny(), ["bm25", "graddot@all"], tmp_path, "sha", dtype="float64")
+        cell_module.run_cell(cell, tiny(), ["graddot@padded"], tmp_path / "a", "sha", dtype="float64")
+    # The padded one is captured where a run asks for it, and not else; `all` needs the prompt's.
+    found = cell_module.run_cell(cell, tiny(), ["bm25", "graddot@all"], tmp_path / "b", "sha", dtype="float64")
     assert not failures(found)
-    (stores,) = tmp_path.glob(f"*/{FEATURES}-prompt")
+    (stores,) = (tmp_path / "b").glob(f"*/{FEATURES}-response-prompt")
     assert not FeatureStore.open(stores / "train").features("padded-gradients")
+    # Kept stores with more views serve runs that ask for fewer.
+    monkeypatch.setattr(cell_module.views, "capture_views", lambda *a: lambda *rows: pytest.fail("captured again"))
+    found = cell_module.run_cell(cell, tiny(), ["graddot@response"], tmp_path / "b", "sha", dtype="float64")
+    assert not failures(found)
+    assert cell_module.stores_with(stores.parent, ["prompt"]) == (stores, ("prompt",))
+    more = stores.with_name(f"{FEATURES}-response-prompt-padded")
+    assert cell_module.stores_with(stores.parent, ["prompt", "padded"]) == (more, ("prompt", "padded"))
 
 
 def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Path, tmp_path: Path) -> None:

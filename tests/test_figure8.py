@@ -85,7 +85,9 @@ def test_trainable_weights_are_those_of_the_adapter(deep: Path, monkeypatch: pyt
         assert count == sum(sizes[k] for k in (range(DEPTH) if layers is None else map(int, layers.split(","))))
 
 
-def test_a_cell_of_some_layers_lies_beside_and_is_in_no_table(deep: Path, tmp_path: Path) -> None:
+def test_a_cell_of_some_layers_lies_beside_and_is_in_no_table(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {"tasks": ["tiny"], "seeds": [0], "methods": "graddot@response,bm25"}
     some, every = bench(str(deep), tmp_path / "out", layers=["4, 1", None, "1,4"], **given)
     assert (some.name, every.name) == ("tiny-sound-layers.1.4-s0.json", "tiny-sound-s0.json")
@@ -93,6 +95,16 @@ def test_a_cell_of_some_layers_lies_beside_and_is_in_no_table(deep: Path, tmp_pa
     assert result["recipe_options"]["layers"] == "1,4"
     assert result["command"].endswith(" --recipes sound --layers 1,4 --methods graddot@response,bm25")
     assert "layers" not in json.loads(every.read_text())
+    # It has the reference responses alone, also of a run on features of its own; then there is nothing left to do.
+    more = given | {"methods": "graddot@response,dda@response"}
+    bench(str(deep), tmp_path / "out", layers=["1,4"], **more)
+    found = json.loads(some.read_text())["results"]
+    assert {kind: set(runs) for kind, runs in found.items()} == {
+        "reference": {"graddot@response", "bm25", "dda@response"}
+    }
+    with monkeypatch.context() as m:
+        m.setattr(bench_module, "_run", lambda *a: pytest.fail("nothing is lacking"))
+        bench(str(deep), tmp_path / "out", layers=["1,4"], **more)
     found = load_results(tmp_path / "out", str(deep), "smoke")["tiny"]
     assert [r["fingerprint"] for r in found.results] == [json.loads(every.read_text())["fingerprint"]]
     cell = Cell(str(deep), "tiny", "smoke", 0)

@@ -169,7 +169,7 @@ def test_figure4_is_what_lissa_gives_on_the_cells_features(
     x, task = r["tasks"]["grammars"], tiny()
     assert list(x["runs"]) == list(figure4.RUNS)
     assert (x["queries"], x["seeds"], x["failed"]) == (3, [0], {})
-    (features,) = (tmp_path / "cache" / "bench").glob(f"*/{FEATURES}-padded")
+    (features,) = (tmp_path / "cache" / "bench").glob(f"*/{FEATURES}-response-padded")
     train, queries = (FeatureStore.open(features / part) for part in ("train", "reference"))
     per_run = {}
     for run in figure4.RUNS:

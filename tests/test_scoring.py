@@ -40,7 +40,7 @@ def test_what_is_scored_already_is_of_these_features_and_this_code(
     run(model_dir, tmp_path / "out", methods="graddot@response", keep=True)
     (folder,) = (tmp_path / "cache" / "bench").iterdir()
     train, reference, generated = (
-        FeatureStore.open(folder / FEATURES / name) for name in ("train", "reference", "generated")
+        FeatureStore.open(folder / f"{FEATURES}-response" / name) for name in ("train", "reference", "generated")
     )
     score = lambda queries: scoring.score_runs(["graddot@response"], train, queries, SILENT, kept=tmp_path / "kept")  # noqa: E731
     first = score(reference)["graddot@response"]

@@ -4,8 +4,8 @@
     data       train.jsonl, queries.jsonl          the task and its seed
     tune       (finetunes/, see finetunes.py)      the rows and the recipe
     answers    answers.json                        the queries, answered by the tuned and by the base model
-    features   features-VERSION-VIEWS/ (train, reference, generated)   stores: gradients of the views that the runs
-                                                ask for, hidden states
+    features   features-VERSION-response-VIEWS/    stores of train, reference, generated: hidden states, gradients of
+                                                   the views that the runs ask for
     scores     the result, a small JSON            every run (`method@view`) on both sets of responses
 
 The folder's name carries a digest of everything that decides its content, so that nothing stale is ever read. The
@@ -131,10 +131,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Everything for one cell; the result as `benchmarks/results/` keeps it. The feature stores are there still."""
     o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
-    rows = {name: o.rows[name] for name in ("train", *answered(cell))}
-    seen = views.captured_for(split(run)[1] for run in runs)
-    there = o.folder / "-".join([FEATURES, *seen])
-    stores = o.timed("features", lambda: features(rows, there, o.loaded, o.encoder, seen, reporter))
+    there, seen = stores_with(o.folder, views.captured_for(split(run)[1] for run in runs))
+    stores = o.timed("features", lambda: features(o.rows, there, o.loaded, o.encoder, seen, reporter))
     score = lambda s: score_runs(runs, stores["train"], stores[s], reporter, kept=o.folder / SCORED / s)  # noqa: E731
     scored = o.timed("scores", lambda: {s: score(s) for s in answered(cell)})
     result = {"version": VERSION, "fingerprint": fingerprint(cell, task, model_sha256), **cell.described()}
@@ -147,11 +145,24 @@ def answered(cell: Cell) -> tuple[str, ...]:
     return RESPONSES if cell.layers is None else RESPONSES[:1]
 
 
+def stores_with(folder: Path, seen: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
+    """Where stores with these captured views are, or are to be, and all the views that they have.
+
+    Those that an earlier run kept, or was interrupted at, with more views are taken as they are.
+    """
+    names = {p: p.name.removeprefix(f"{FEATURES}-").split("-") for p in sorted(folder.glob(f"{FEATURES}-response*"))}
+    there = {p: tuple(view for view in views.CAPTURED if view in found) for p, found in names.items()}
+    new = folder / "-".join([FEATURES, "response", *seen])
+    fits = {p: found for p, found in there.items() if set(seen) <= set(found)} or {new: tuple(seen)}
+    return min(fits.items(), key=lambda fit: len(fit[1]))
+
+
 @dataclass(frozen=True)
 class Opened:
     """A cell with its fine-tune loaded and its queries answered.
 
-    said: answers by who gave them · rows: by set, `train` and RESPONSES · seconds: that each stage has taken so far.
+    said: answers by who gave them · rows: by set, `train` and those of `answered` ·
+    seconds: that each stage has taken so far.
     """
 
     folder: Path
@@ -187,7 +198,8 @@ def opened(
     loaded = load(ModelSpec(cell.model, str(adapter), device, dtype))
     encoder = Encoding(loaded.tokenizer, _attributed(cell), loaded.max_length)
     said = _timed(folder, seconds, "answers", lambda: _answers(task, folder, loaded, encoder, reporter))
-    rows = {"train": list(task.train), "reference": list(task.queries), "generated": _answered(task, said["tuned"])}
+    every = {"train": list(task.train), "reference": list(task.queries), "generated": _answered(task, said["tuned"])}
+    rows = {name: every[name] for name in ("train", *answered(cell))}
     return Opened(folder, loaded, encoder, said, rows, seconds)
 
 

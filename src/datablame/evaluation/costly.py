@@ -75,9 +75,10 @@ def costly_results(
     Where the features cannot be captured, every run says why.
     """
     start, steps, seconds = time.perf_counter(), list[int](), 0.0
-    refused = {s: {run: why for run in runs if (why := limited(run, task, s))} for s in RESPONSES}
+    sets = [s for s in RESPONSES if s in o.rows]
+    refused = {s: {run: why for run in runs if (why := limited(run, task, s))} for s in sets}
     scored: Results = {s: {run: Scored(None, why, 0.0, limit=True) for run, why in refused[s].items()} for s in refused}
-    left = {s: [run for run in runs if run not in refused[s]] for s in RESPONSES}
+    left = {s: [run for run in runs if run not in refused[s]] for s in sets}
     folder = o.folder / f"{re.sub('[^a-z0-9]+', '-', need.spelling)}-{SCHEMA}"
     try:
         options, steps = _options(o, need)
@@ -85,7 +86,7 @@ def costly_results(
         seconds = round(time.perf_counter() - start, 1)
         if stores:
             _check_same(token_loss(stores["reference"])["tuned"], loss)
-        for s in (s for s in RESPONSES if left[s]):
+        for s in (s for s in sets if left[s]):
             scored[s] |= score_runs(
                 left[s], train := stores["train"], stores[s], reporter, _products(o, task, train, folder)
             )
@@ -93,7 +94,7 @@ def costly_results(
         raise
     except Exception as e:  # an extra of a user's own may raise what it likes
         why = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-        for s in RESPONSES:
+        for s in sets:
             scored[s] |= {run: Scored(None, why, 0.0) for run in left[s]}
     if not keep:
         failed = any(x.error and not x.limit for found in scored.values() for x in found.values())

@@ -102,7 +102,7 @@ Fall = tuple[str, str, str, str, str]
 
 
 def corrected(settings: Sequence[Mapping[str, Any]]) -> dict[Fall, float]:
-    """p of every fall of the settings' summaries that has values for two seeds.
+    """p of every fall of the settings' summaries that has two values or more, not all the same, which have no t.
 
     Student's t over seeds, two-sided, after Holm's correction over all falls of the same change, whatever the setting,
     the part, the spacing and the coefficient.
@@ -116,17 +116,15 @@ def corrected(settings: Sequence[Mapping[str, Any]]) -> dict[Fall, float]:
             for spacing in SPACINGS
             for kind in COEFFICIENTS
         }
-        p = {key: _p(values) for key, values in found.items() if len(values) > 1}
+        p = {key: _p(values) for key, values in found.items() if len(values) > 1 and np.ptp(values) > 0}
         out |= dict(zip(p, holm(np.array(list(p.values()))).tolist(), strict=True))
     return out
 
 
 def _p(values: Sequence[float]) -> float:
-    """Of Student's t against 0; values that do not differ at all have no t, and decide alone."""
+    """Of Student's t against 0."""
     from scipy import stats
 
-    if np.ptp(values) == 0:
-        return 0.0 if values[0] else 1.0
     return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
