@@ -400,7 +400,7 @@ def test_views_are_captured_where_a_run_asks_for_them(
 ) -> None:
     cell = Cell(str(model_dir), "tiny", "smoke", 0)
     with pytest.raises(UserError, match=r"row 0 \(id 0\): under the view padded, .* is not finite"):
-        cell_module.run_cell(cell, tiny(), ["graddot@padded"], tmp_path / "a", "sha", dtype="float64")
+        cell_module.run_cell(cell, tiny(), ["graddot@padded"], tmp_path / "b", "sha", dtype="float64")
     # The padded one is captured where a run asks for it, and not else; `all` needs the prompt's.
     found = cell_module.run_cell(cell, tiny(), ["bm25", "graddot@all"], tmp_path / "b", "sha", dtype="float64")
     assert not failures(found)
@@ -410,9 +410,10 @@ def test_views_are_captured_where_a_run_asks_for_them(
     monkeypatch.setattr(cell_module.views, "capture_views", lambda *a: lambda *rows: pytest.fail("captured again"))
     found = cell_module.run_cell(cell, tiny(), ["graddot@response"], tmp_path / "b", "sha", dtype="float64")
     assert not failures(found)
-    assert cell_module.stores_with(stores.parent, ["prompt"]) == (stores, ("prompt",))
+    sets = ["train", "reference", "generated"]
+    assert cell_module.stores_with(stores.parent, ["prompt"], sets) == (stores, ("prompt",))
     more = stores.with_name(f"{FEATURES}-response-prompt-padded")
-    assert cell_module.stores_with(stores.parent, ["prompt", "padded"]) == (more, ("prompt", "padded"))
+    assert cell_module.stores_with(stores.parent, ["prompt", "padded"], sets) == (more, ("prompt", "padded"))
 
 
 def test_a_behaviour_that_was_not_learnt_fails_the_run_above_smoke(model_dir: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from curve_cases import one_task, request, script, tiny, whole
+from curve_cases import one_task, request, tiny, whole
 from datablame import paper
 from datablame.errors import UserError
 from datablame.evaluation import bench as bench_module
@@ -26,7 +26,7 @@ from datablame.paper.panels import Style, curve, level, panels, share
 from datablame.report.paper import escaped, write_page
 from datablame.store import FeatureStore
 
-__all__ = ["one_task", "script"]  # fixtures
+__all__ = ["one_task"]  # a fixture that every test here uses
 
 
 def test_a_drawn_table_is_escaped() -> None:

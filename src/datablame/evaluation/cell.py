@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from datablame.encoding import Encoding, EncodingOptions, encode_rows
+from datablame.errors import UserError
 from datablame.evaluation import metrics, views
 from datablame.evaluation.finetunes import fine_tuned
 from datablame.evaluation.leak import lexical_leak
@@ -131,7 +132,7 @@ def run_cell(
 ) -> dict[str, Any]:
     """Everything for one cell; the result as `benchmarks/results/` keeps it. The feature stores are there still."""
     o = opened(cell, task, work, model_sha256, device=device, dtype=dtype, reporter=reporter)
-    there, seen = stores_with(o.folder, views.captured_for(split(run)[1] for run in runs))
+    there, seen = stores_with(o.folder, views.captured_for(split(run)[1] for run in runs), o.rows)
     stores = o.timed("features", lambda: features(o.rows, there, o.loaded, o.encoder, seen, reporter))
     score = lambda s: score_runs(runs, stores["train"], stores[s], reporter, kept=o.folder / SCORED / s)  # noqa: E731
     scored = o.timed("scores", lambda: {s: score(s) for s in answered(cell)})
@@ -145,16 +146,24 @@ def answered(cell: Cell) -> tuple[str, ...]:
     return RESPONSES if cell.layers is None else RESPONSES[:1]
 
 
-def stores_with(folder: Path, seen: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """Where stores with these captured views are, or are to be, and all the views that they have.
+def stores_with(folder: Path, seen: Sequence[str], sets: Iterable[str]) -> tuple[Path, tuple[str, ...]]:
+    """Where stores of `sets` with these captured views are, or are to be, and all the views that they have.
 
-    Those that an earlier run kept, or was interrupted at, with more views are taken as they are.
+    Those that an earlier run finished and kept, with more views, are taken as they are.
     """
     names = {p: p.name.removeprefix(f"{FEATURES}-").split("-") for p in sorted(folder.glob(f"{FEATURES}-response*"))}
     there = {p: tuple(view for view in views.CAPTURED if view in found) for p, found in names.items()}
     new = folder / "-".join([FEATURES, "response", *seen])
-    fits = {p: found for p, found in there.items() if set(seen) <= set(found)} or {new: tuple(seen)}
-    return min(fits.items(), key=lambda fit: len(fit[1]))
+    fits = {p: found for p, found in there.items() if set(seen) <= set(found) and all(_finished(p / s) for s in sets)}
+    return min((fits or {new: tuple(seen)}).items(), key=lambda fit: len(fit[1]))
+
+
+def _finished(store: Path) -> bool:
+    try:
+        FeatureStore.open(store, verify=False)
+    except UserError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

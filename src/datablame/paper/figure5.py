@@ -375,7 +375,7 @@ def _lines(x: Mapping[str, Any], view: int, metric: str) -> list[dict[str, Any]]
     losses = [p["loss"]["train"]["tuned"] for p in points]
     ends = max(losses), min(losses)
     for k, (method, runs) in enumerate(METHODS.items()):
-        aside = beside(k, len(METHODS), 0.02 * (ends[0] - ends[1]))
+        aside = beside(k, len(METHODS), 0.06 * (ends[0] - ends[1]))
         some = [p for p in points if runs[view] in p["runs"]]
         at = [p["loss"]["train"]["tuned"] + aside for p in some]
         made.append(curve(STYLES[method], at, [p["runs"][runs[view]][metric] for p in some]))

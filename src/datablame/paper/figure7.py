@@ -250,16 +250,15 @@ def verdict(s: dict[str, Any], apart: set[Fall]) -> str:
         falls = {(a, b): s["falls"][part][a][b][change]["mean"] for a, b in WAYS}
         return sum((s["name"], part, *ab, change) in apart and way * fall > 0 for ab, fall in falls.items())
 
-    down = count("whole", "parameters")
+    down, rises = count("whole", "parameters"), count("whole", "parameters", -1)
     missing = min(of(narrow)) >= HIGH > max(of(wide))
     whole = wide["correlations"]["whole"]
     lows = [(whole[a][b]["parameters"]["interval95"] or [-1.0])[0] for a, b in WAYS]
-    none = "does not hold" if min(lows) >= HIGH else "is not decided"
+    none = "does not hold" if min(lows) >= HIGH or rises == len(WAYS) else "is not decided"
     says = "holds" if missing and down == len(WAYS) else "holds in part" if down else none
     steps = ", ".join(spread(w["steps_to_level"], 0) for w in s["widths"])
     level = "" if s["level"] is None else f" Steps to {s['level']:.0%} accuracy, by width: {steps}."
     span = lambda w: f"width {w['width']:,} has {min(of(w)):.2f} to {max(of(w)):.2f}"  # noqa: E731
-    rises = count("whole", "parameters", -1)
     same, same_rises = count("matched", "parameters"), count("matched", "parameters", -1)
     return (
         f"{s['name']}: the claim {says}. Over {len(WAYS)} ways of taking the coefficient, {span(narrow)}, "

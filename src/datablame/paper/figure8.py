@@ -303,7 +303,7 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             for m, metric in METRICS.items():
                 asides = [beside(k, len(methods), 0.3) for k in range(len(methods))]
                 lines = zip(asides, methods.items(), strict=True)
-                data = [_line(STYLES[n], run, [at + aside for at in x], some, m) for aside, (n, run) in lines]
+                data = [_line(STYLES[n], run, aside, some, m) for aside, (n, run) in lines]
                 levels = {
                     n: [c["runs"].get(run, {}).get(m, {}).get("value") for c in some] for n, run in CONTROLS.items()
                 }
@@ -320,6 +320,7 @@ def views(r: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return drawn
 
 
-def _line(style: Style, run: str, x: Sequence[float], some: Sequence[Mapping[str, Any]], metric: str) -> Trace:
-    points = {at: c["runs"][run][metric] for at, c in zip(x, some, strict=True) if run in c["runs"]}
-    return curve(style, list(points), list(points.values()))
+def _line(style: Style, run: str, aside: float, some: Sequence[Mapping[str, Any]], metric: str) -> Trace:
+    there = [(k, c) for k, c in enumerate(some) if run in c["runs"]]
+    line = curve(style, [k + aside for k, _ in there], [c["runs"][run][metric] for _, c in there])
+    return line | {"text": [c["label"] for _, c in there], "hovertemplate": "%{text}: %{y:.2f}"}

@@ -61,7 +61,7 @@ def curve(style: Style, x: Sequence[float] | Sequence[str], points: Sequence[Map
 
 def beside(k: int, count: int, span: float) -> float:
     """How far the k-th of `count` lines stands from the place that all share, so that their bars can be told apart."""
-    return span * (k / (count - 1) - 0.5)
+    return span * ((k + 0.5) / count - 0.5)
 
 
 def level(style: Style, value: float, ends: Sequence[float]) -> Trace:
