@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -194,3 +196,17 @@ class Run:
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("DATABLAME_DEBUG", "")  # and so taken away again, where a test sets it
     return Run(capsys, monkeypatch)
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """benchmarks/tables.py, on results of its own."""
+    place = Path(__file__).resolve().parent.parent / "benchmarks" / "tables.py"
+    monkeypatch.syspath_prepend(place.parent)  # its neighbours
+    spec = importlib.util.spec_from_file_location("tables_script", place)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module

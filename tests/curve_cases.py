@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import plotly.graph_objects as go
@@ -56,20 +54,6 @@ def whole(page: paper.Page) -> None:
         figure = go.Figure(view)
         assert len(figure.data) == len(view["data"]) > 0
         assert all(np.isfinite([float(v) for v in t.y]).all() for t in figure.data)
-
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/tables.py, on results of its own."""
-    place = Path(__file__).resolve().parent.parent / "benchmarks" / "tables.py"
-    monkeypatch.syspath_prepend(place.parent)  # its neighbours
-    spec = importlib.util.spec_from_file_location("tables_script_of_curves", place)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
 
 
 def rows_of(text: str) -> list[list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -297,19 +296,6 @@ def test_a_paper_table_names_seeds_that_were_left_out(tmp_path: Path) -> None:
         assert row[1].startswith(f"{100 * mean:.0f} (")
     with pytest.raises(UserError, match="mixed-small: no results of seed 7"):
         results.of_seeds([7])
-
-
-@pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/tables.py, on results of its own."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # its neighbours
-    spec = importlib.util.spec_from_file_location("bench_tables_script", ROOT / "benchmarks" / "tables.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    return module
 
 
 def table(script: ModuleType, name: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from conftest import Run
-from curve_cases import one_task, request, rows_of, script, tiny, whole
+from curve_cases import one_task, request, rows_of, tiny, whole
 from datablame.errors import UserError
 from datablame.evaluation import along, finetunes, metrics
 from datablame.evaluation.cell import FEATURES, Cell, token_loss
@@ -29,7 +29,7 @@ from datablame.models import ModelSpec, load
 from datablame.paper import figure4, figure5, results
 from datablame.store import FeatureStore
 
-__all__ = ["one_task", "script"]  # fixtures
+__all__ = ["one_task"]  # a fixture that every test here uses
 
 
 def test_figure5_is_what_the_methods_give_at_each_checkpoint(

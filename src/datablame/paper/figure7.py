@@ -129,8 +129,7 @@ def show(out: Path, name: str) -> Page:
     """Verdicts from the numbers, coefficients by width with those of the function beside them, and the curves."""
     r = read(out / RESULT)
     p = r["run"]["protocol"]
-    views = {"correlations": correlations_view(r)}
-    apart = told_apart(r)
+    views, apart = {"correlations": correlations_view(r)}, told_apart(r)
     for s in (s for s in r["settings"] if any(w["curves"] for w in s["widths"])):
         views |= {f"{s['name']}, {words}": curves_view(s, spacing) for spacing, words in SPACING_NAMES.items()}
     return Page(
