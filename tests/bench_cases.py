@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import conftest
 from datablame.evaluation import bench as bench_module
 from datablame.evaluation.bench import bench
 from datablame.evaluation.tasks.base import Task, examples, same_label
@@ -35,6 +36,13 @@ def one_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_module, "build", lambda name, scale, seed, **kw: tiny(seed))
     monkeypatch.setattr(bench_module, "takes", lambda name: [])
     monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run_command(request: pytest.FixtureRequest) -> conftest.Run:
+    """The command line, `run` elsewhere: here that is the benchmark."""
+    found: conftest.Run = request.getfixturevalue("run")
+    return found
 
 
 def run(model_dir: Path, out: Path, **options: Any) -> list[Path]:

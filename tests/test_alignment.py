@@ -160,7 +160,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Iterator[paper.Request
     make_tokenizer().save_pretrained(folder / "tiny")
     with pytest.MonkeyPatch.context() as m:
         m.setenv("DATABLAME_CACHE", str(folder / "cache"))
-        m.setattr(alignment, "MAX_NEW_TOKENS", 6)
+        m.setitem(alignment.NEW_TOKENS, "smoke", 6)
         model = str(folder / "tiny")
         yield paper.Request("table1", "smoke", folder / "out", 0, "the command", SILENT, None, model, "cpu", (model,))
 

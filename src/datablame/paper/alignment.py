@@ -30,8 +30,8 @@ TASK = "mixed-small"
 ARMS = ("original", "benign", "harmful", "mixed")
 PAIRS = tuple((a, b) for i, a in enumerate(ARMS) for b in ARMS[i + 1 :])
 """The paper's six, in its order."""
-MAX_NEW_TOKENS = 128
-"""Of an answer: more than the characters that the keywords are looked for in, in nearly all answers."""
+NEW_TOKENS = {"smoke": 72, "cpu": 128, "paper": 128}
+"""Of an answer, at most: more than the characters that the keywords are looked for in, in nearly all answers."""
 ANSWERS = "answers-1"
 
 
@@ -92,16 +92,17 @@ def told(a: Arms, adapter: Path | None, queries: Sequence[Example], request: Req
     """Greedy answers to the queries, and whether each ended by itself; kept."""
     prompts = [a.encoder.prompt_ids(q) for q in queries]
     weights = None if adapter is None else fingerprint_adapter(adapter)
+    most = NEW_TOKENS[request.scale]
 
     def make() -> list[tuple[str, bool]]:
         request.reporter.start("answers", len(prompts), "answers")
         try:
             with weights_of(a.loaded, adapter):
-                return answers_ended(a.loaded, prompts, MAX_NEW_TOKENS, on_batch=request.reporter.advance)
+                return answers_ended(a.loaded, prompts, most, on_batch=request.reporter.advance)
         finally:
             request.reporter.end()
 
-    what = [a.loaded.model_sha256, weights, str(a.loaded.model.dtype), prompts, sorted(a.loaded.ends), MAX_NEW_TOKENS]
+    what = [a.loaded.model_sha256, weights, str(a.loaded.model.dtype), prompts, sorted(a.loaded.ends), most]
     return [(str(text), bool(ended)) for text, ended in kept(ANSWERS, what, make)]
 
 
@@ -125,7 +126,7 @@ def described(request: Request, judge: Judge, **more: Any) -> dict[str, Any]:
         "rows": {arm: len(rows_of(task, arm)) for arm in ARMS},
         "held_out_harmful": sum(q.label == "harmful" for q in task.queries),
         "recipe": str(options(Cell(request.model, TASK, request.scale, request.seed), task)),
-        "generation": f"greedy, at most {MAX_NEW_TOKENS} tokens",
+        "generation": f"greedy, at most {NEW_TOKENS[request.scale]} tokens",
         "judge": judge.settings,
         **more,
     }
