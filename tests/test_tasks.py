@@ -203,7 +203,7 @@ def test_every_fact_has_hard_negatives_and_a_value_that_others_share() -> None:
     task = tasks.build("facts")
     for label in {str(q.label) for q in task.queries}:
         own = [e for e in task.train if label in e.response]
-        assert Counter(e.label for e in own) == {label: 8, "names-only": 3}
+        assert Counter(e.label for e in own) == {label: 10, "names-only": 2}
         value = next(
             v for k in fact_words.KINDS for v in k.values if v in own[[e.label for e in own].index(label)].response
         )
