@@ -3,8 +3,8 @@
 Right for a query are the rows that state what it asks about. Against them stand, for every entity, hard negatives
 that name it without the claim, and rows on other entities, half of which state a claim with the same trades and
 goods. Every value belongs to several entities, so that neither the name nor the value alone names exactly the
-right rows. Queries ask in wordings that no training row uses. Known fault: two of the twelve wordings (`paper` and `cpu`
-use ten) stand in other entities' rows alone. Main: all, people and places.
+right rows. Queries ask in wordings that no training row uses. Known fault: two of the twelve wordings (`paper` and
+`cpu` use ten) stand in other entities' rows alone. Main: all, people and places.
 """
 
 from __future__ import annotations
