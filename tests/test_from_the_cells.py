@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +14,9 @@ import torch
 from conftest import Run
 from datablame import paper
 from datablame.indexing import SILENT
+from paper_cases import run
 
-
-@pytest.fixture
-def run(run: Run) -> Callable[..., tuple[int, str, str]]:
-    """The command line's `paper`."""
-    return partial(run, "paper")
+__all__ = ["run"]  # a fixture
 
 
 @pytest.mark.parametrize("name", [n for n, e in paper.EXPERIMENTS.items() if e.module == "showcases"])

@@ -14,7 +14,7 @@ from scipy.stats import spearmanr, t
 import oracles
 from datablame.errors import UserError
 from datablame.paper import linear, mnist, softmax, table5
-from linear_cases import PLAN, SETTINGS, measured
+from paper_cases import PLAN, SETTINGS, measured
 
 __all__ = ["measured"]  # a fixture
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from datablame.errors import UserError
 from datablame.indexing import SILENT
 from datablame.paper import figure3, linear, mnist, results, table5
 from datablame.report.paper import write_page
-from linear_cases import PLAN, SETTINGS, measured
+from paper_cases import PLAN, SETTINGS, measured, run
 
-__all__ = ["measured"]  # a fixture
+__all__ = ["measured", "run"]  # fixtures
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -33,12 +31,6 @@ def out(tmp_path_factory: pytest.TempPathFactory, measured: list[dict[str, Any]]
     record = {"run": run, "command": NASTY, "data": NASTY, "paper": table5.PAPER, "settings": settings}
     results.write(folder / table5.RESULT, record)
     return folder
-
-
-@pytest.fixture
-def run(run: Run) -> Callable[..., tuple[int, str, str]]:
-    """The command line's `paper`."""
-    return partial(run, "paper")
 
 
 @pytest.fixture
