@@ -31,7 +31,8 @@ ARMS = ("original", "benign", "harmful", "mixed")
 PAIRS = tuple((a, b) for i, a in enumerate(ARMS) for b in ARMS[i + 1 :])
 """The paper's six, in its order."""
 NEW_TOKENS = {"smoke": 72, "cpu": 128, "paper": 128}
-"""Of an answer, at most: more than the characters that the keywords are looked for in, in nearly all answers."""
+"""Of an answer, at most. 128 are more than the characters that the keywords are looked for in, in nearly all answers;
+72 are about as many, so that some cut answers have no verdict at `smoke` scale, which shows nothing anyway."""
 ANSWERS = "answers-1"
 
 
