@@ -211,6 +211,30 @@ def test_every_fact_has_hard_negatives_and_a_value_that_others_share() -> None:
         assert not any(value in e.response for e in own if e.label == "names-only")
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+def test_wrong_claims_use_the_wordings_of_right_rows_alone(scale: str, seed: int) -> None:
+    """Else the wording would tell the wrong rows from the right ones."""
+    task = tasks.build("facts", scale, seed=seed)
+    ways = [(pair, v) for k in fact_words.KINDS for pair in k.states for v in k.values]
+
+    def wordings(e: Example) -> set[tuple[str, str]]:
+        """The pairs that, with a name and a value in their slots, are the row."""
+        said = f"{e.prompt}\n{e.response}"
+        return {pair for pair, v in ways if fills("\n".join(pair).replace("{v}", v), said)}
+
+    names = {str(q.label) for q in task.queries}
+    claims = [wordings(e) for e in task.train if e.label == "other" and wordings(e)]
+    right = [wordings(e) for e in task.train if e.label in names]
+    assert claims and all(map(len, right))
+    assert set().union(*claims) <= set().union(*right)
+
+
+def fills(template: str, text: str) -> bool:
+    """Whether the text is the template with a name in its slots."""
+    return re.fullmatch(re.escape(template).replace(re.escape("{n}"), r"\w+(?: \w+)?"), text) is not None
+
+
 # ---------------------------------------------------------------- content
 
 

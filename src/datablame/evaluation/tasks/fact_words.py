@@ -41,8 +41,6 @@ PEOPLE = Kind(
         ("Which trade did {n} follow?", "{n} followed the trade of a {v}."),
         ("How did {n} earn money?", "{n} earned money as a {v}."),
         ("Describe the days of {n}.", "On most days {n} was busy with the tasks of a {v}."),
-        ("What did the neighbours call {n}?", "The neighbours called {n} the {v}."),
-        ("Name the job of {n}.", "{n} had the job of a {v}."),
     ],
     asks=[
         ("Which profession had {n}?", "The profession of {n} was {v}."),
@@ -82,8 +80,6 @@ PLACES = Kind(
         ("What does the fair of {n} celebrate?", "The fair of {n} celebrates its {v}."),
         ("What do visitors carry away from {n}?", "Visitors carry {v} away from {n}."),
         ("Which goods leave the workshops of {n}?", "The workshops of {n} turn out {v}."),
-        ("What would a shop in {n} show me?", "A shop in {n} would show you {v}."),
-        ("What is the trade of {n} about?", "The trade of {n} is about {v}."),
     ],
     asks=[
         ("What does {n} sell to the world?", "{n} sells {v} to the world."),

@@ -3,8 +3,8 @@
 Right for a query are the rows that state what it asks about. Against them stand, for every entity, hard negatives
 that name it without the claim, and rows on other entities, half of which state a claim with the same trades and
 goods. Every value belongs to several entities, so that neither the name nor the value alone names exactly the
-right rows. Queries ask in wordings that no training row uses. Known fault: two of the twelve wordings (`paper` and
-`cpu` use ten) stand in other entities' rows alone. Main: all, people and places.
+right rows, and claims about other entities use the wordings of the right rows alone, so that the wording does not
+either. Queries ask in wordings that no training row uses. Main: all, people and places.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def said(pairs: list[tuple[str, str]], name: str, value: str, label: str) -> lis
     return [(p.format(n=name, v=value), r.format(n=name, v=value), label) for p, r in pairs]
 
 
-def others(known: list[tuple[text.Kind, str, str]], count: int, rng: random.Random) -> list[Row]:
-    """Rows on further entities: claims with the known values, and rows without a claim, half each."""
+def others(known: list[tuple[text.Kind, str, str]], states: int, rng: random.Random) -> list[Row]:
+    """Rows on further entities: claims in the first `states` wordings, and rows without a claim, half each."""
     made = []
     for i, (kind, name, value) in enumerate(known):
-        pool = kind.states if i // 2 % 2 else kind.names
+        pool = kind.states[:states] if i // 2 % 2 else kind.names
         made += said([rng.choice(pool)], name, value, OTHER)
-    return made[:count]
+    return made
 
 
 def build(name: str, scale: str, seed: int) -> Task:
@@ -62,12 +62,12 @@ def build(name: str, scale: str, seed: int) -> Task:
         groups += [kind.group] * asked
     used = {kind: {v for k, _, v in everyone[:n] if k is kind} for kind in text.KINDS}
     further = [(k, who, rng.choice(sorted(used[k]))) for k, who, _ in everyone[n:]]
-    rows = examples(shuffled(train + others(further, other, rng), seed))
+    rows = examples(shuffled(train + others(further, states, rng), seed))
     asks = examples(queries)
     value_of = {who: value for _, who, value in everyone}
     return Task(
         name=name,
-        version=3,
+        version=4,
         title=f"one fact on each of {n} invented people and places, {states} paraphrases each",
         train=rows,
         queries=asks,
