@@ -38,13 +38,32 @@ def test_an_interrupted_cell_goes_on(model_dir: Path, tmp_path: Path, monkeypatc
     assert set(json.loads(clock.read_text())) == {"tune", "answers", "features", "scores"}  # what is cut off took time
     with monkeypatch.context() as m:  # neither trained nor answered again
         m.setattr(finetunes, "tune", broken)
-        m.setattr(cell_module, "answers", broken)
+        m.setattr(cell_module, "answers_ended", broken)
         resumed = json.loads(run(model_dir, tmp_path / "resumed")[0].read_text())
     for kind in ("reference", "generated"):
         for name, values in straight["results"][kind].items():
             assert {k: v for k, v in resumed["results"][kind][name].items() if k != "seconds"} == {
                 k: v for k, v in values.items() if k != "seconds"
             }
+
+
+def test_answers_that_are_cut_are_counted(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+
+    class Told(bench_module.Reporter):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    said = cell_module.answers_ended
+    for ends, told in (([True, False, True, False], 1), ([True] * 4, 0)):
+        monkeypatch.setattr(
+            cell_module, "answers_ended", lambda *a, e=ends: [(t, x) for (t, _), x in zip(said(*a), e, strict=True)]
+        )
+        monkeypatch.setenv("DATABLAME_CACHE", str(tmp_path / f"cache {told}"))
+        run(model_dir, tmp_path / f"out {told}", methods="bm25", reporter=Told())
+        cut = [note for note in notes if "cut" in note]
+        assert cut == ["2 of 4 answers are cut at 48 tokens, and judged as far as they go"] * told
+        notes.clear()
 
 
 @pytest.mark.parametrize("file", ["answers.json", "seconds.json"])

@@ -185,6 +185,22 @@ def test_one_ranking_for_queries_of_several_classes_has_one_witness_a_class() ->
     assert against([results], pairs([one], results.runs), "accuracy")[key].p < 0.001
 
 
+def test_one_ranking_under_one_seed_of_two_is_one_witness_of_that_seed() -> None:
+    """The other seed's queries stay witnesses of their own; the interval is over the seeds' means."""
+    results = TaskResults("mixed-small", "sound", [made(0, 0.1), made(1, 1.0)])
+    run, other = "graddot@padded", "bm25:text=both"
+    results.results[1]["results"]["reference"][run]["query_independent_share"] = 0.95
+    assert results.alike(run) == [False, True]
+    assert results.one_ranking(run)
+    assert not results.fixed(run)
+    assert results.witnesses(run, "auroc").tolist() == [[0.1], [1.0]]
+    tested = against([results], {"B": (run, other)}, "auroc")["B"]
+    assert tested.value == pytest.approx(22 / 40)
+    assert tested.p == pytest.approx(0.25, abs=0.01)  # three signs: two right queries of the first seed, and a seed
+    results.results[1]["results"]["reference"][run]["query_independent_share"] = 0.2
+    assert against([results], {"B": (run, other)}, "auroc")["B"].p < 0.001
+
+
 def test_wordings_of_one_question_are_one_witness() -> None:
     results = replace(two_seeds(), task="facts")
     for r in results.results:

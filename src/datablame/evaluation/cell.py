@@ -34,7 +34,7 @@ from datablame.evaluation.scoring import Scored, keep_matrices, measured, n_clas
 from datablame.evaluation.suites import split
 from datablame.evaluation.tasks import Task
 from datablame.indexing import SILENT, CaptureOptions, Engine, Reporter, digest, fill
-from datablame.models import Loaded, ModelSpec, answers, load
+from datablame.models import Loaded, ModelSpec, answers, answers_ended, load
 from datablame.store import SCHEMA, FeatureStore, read_kept, write_whole
 from datablame.tuning import TuneOptions, decisive
 
@@ -286,7 +286,12 @@ def _answers(task: Task, folder: Path, loaded: Loaded, encoder: Encoding, report
     if not path.exists():
         reporter.note(f"answering {len(task.queries)} queries, with and without the adapter")
         prompts = [encoder.prompt_ids(e) for e in task.queries]
-        said = {"tuned": answers(loaded, prompts, MAX_NEW_TOKENS)}
+        tuned = answers_ended(loaded, prompts, MAX_NEW_TOKENS)
+        said = {"tuned": [answer for answer, _ in tuned]}
+        if cut := sum(not ended for _, ended in tuned):
+            reporter.note(
+                f"{cut} of {len(tuned)} answers are cut at {MAX_NEW_TOKENS} tokens, and judged as far as they go"
+            )
         with loaded.without_adapter():
             said["base"] = answers(loaded, prompts, MAX_NEW_TOKENS)
         write_whole(path, json.dumps(said, ensure_ascii=False).encode())

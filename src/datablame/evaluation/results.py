@@ -129,18 +129,22 @@ class TaskResults:
         asked = {r.get("queries_sha256", k) for k, r in enumerate(self.results)}
         return len(self.results) > 1 and len(asked) == 1
 
-    def one_ranking(self, run: str, kind: str = "reference", group: str = "main") -> bool:
-        """Is it next to one ranking for all queries, under some seed?
+    def alike(self, run: str, kind: str = "reference", group: str = "main") -> list[bool]:
+        """Is it next to one ranking for all queries, under each seed?
 
         Then all queries of a class are right or wrong together: the class is one witness, whatever their number.
         """
         kept = [r["results"][kind][run] for r in self.results]
         found = [k.get("shares", {}).get(group, k["query_independent_share"]) for k in kept]
-        return any(share is None or share > FIXED for share in found)
+        return [share is None or share > FIXED for share in found]
+
+    def one_ranking(self, run: str, kind: str = "reference", group: str = "main") -> bool:
+        """Is it `alike` under some seed? Intervals then have one witness a class and a seed, under every seed."""
+        return any(self.alike(run, kind, group))
 
     def fixed(self, run: str, kind: str = "reference", group: str = "main") -> bool:
-        """Is it `one_ranking`, and are the queries of one class? So there is one witness: no interval, and no test."""
-        return all(len(set(labels)) == 1 for labels in self.labels(group)) and self.one_ranking(run, kind, group)
+        """Is it `alike` under every seed, and are the queries of one class? Then it has neither interval nor test."""
+        return all(len(set(labels)) == 1 for labels in self.labels(group)) and all(self.alike(run, kind, group))
 
     def chance(self, metric: str, group: str = "main") -> float:
         """What a random order gets."""
@@ -389,22 +393,23 @@ def against(
 ) -> dict[Key, Tested]:
     """For each pair its first run minus its second on the same queries: the mean over tasks of the mean differences.
 
-    The test is that of `intervals.flip_test`: every query of every seed has a sign of its own where they differ; where
-    one of the two has `one_ranking`, every class of every seed has. Pairs with a run that is `fixed` are left out.
-    p-values as they are: correct them over the table.
+    The test is that of `intervals.flip_test`: every query of every seed has a sign of its own where they differ; under
+    a seed where one of the two ranks all queries `alike`, every class has. Pairs with a run that is `fixed` are left
+    out. p-values as they are: correct them over the table.
     """
     fixed = cache(lambda run: any(t.fixed(run, kind, group) for t in tasks))
     pairs = {key: pair for key, pair in pairs.items() if not any(map(fixed, pair))}
     if not pairs:
         return {}
     values = cache(lambda t, run: tasks[t].values(run, metric, kind, group))
-    alike = cache(lambda t, run: tasks[t].one_ranking(run, kind, group))
+    alike = cache(lambda t, run: np.array(tasks[t].alike(run, kind, group)))
 
     def difference(a: str, b: str) -> Float[np.ndarray, " all"]:
         parts = []
         for t, results in enumerate(tasks):
-            d = _asked(results, values(t, a) - values(t, b))
-            d = together(d, results.labels(group)) if alike(t, a) or alike(t, b) else d
+            d, one = _asked(results, values(t, a) - values(t, b)), alike(t, a) | alike(t, b)
+            one = one if len(one) == len(d) else one.any(keepdims=True)
+            d = np.where(one[:, None], together(d, results.labels(group)), d)
             parts.append(d.ravel() / (len(tasks) * d.size))  # so that the sum is the mean over tasks
         return np.concatenate(parts)
 

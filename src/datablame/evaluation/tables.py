@@ -2,8 +2,8 @@
 
 In every table a cell says how it differs from the paper's RepSim (R) and from BM25 (B), in a ladder also from the rung
 above it (S): `R+ B=` is better than RepSim, and no different from BM25, at 5 % after Holm's correction over the table.
-A run with next to one ranking for all queries has one witness a class and a seed, see `TaskResults.one_ranking`; `≡`
-stands in place of interval and tests where these queries are of one class.
+Under a seed with next to one ranking for all queries a run has one witness a class, see `TaskResults.alike`; `≡`
+stands in place of interval and tests where that is so under all seeds and the queries are of one class.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REFERENCES = {"R": "repsim:layer=last,text=prompt", "B": "bm25:text=both"}
 BLIND = {"length": "length", "gradnorm@response": "gradient's norm"}
 """Controls that look at the training row alone."""
 SAME = "≡"
-"""Next to the same ranking for all queries, which are of one class: neither interval nor test, see `fixed`."""
+"""Next to one ranking for all queries of one class under every seed: neither interval nor test, see `fixed`."""
 MARKED = ("accuracy", "auroc")
 """The metrics of a task's table that are tested; the others follow them, and more tests would find less."""
 
