@@ -127,7 +127,8 @@ def test_the_papers_tables_are_corrected_over_all_their_tasks() -> None:
     found["mixed-small"].results[0]["learnt"]["learnt"] = False
     expected = told(
         {
-            (f"{t} {group}", run, letter): [difference(r, run, ref, "accuracy", "reference", group)]
+            (f"{metric} {t} {group}", run, letter): [difference(r, run, ref, metric, "reference", group)]
+            for metric in ("accuracy", "coverage")
             for t, r in found.items()
             for group in ("main", "benign")
             for letter, ref in REFERENCES.items()
@@ -156,8 +157,10 @@ def test_the_papers_tables_are_corrected_over_all_their_tasks() -> None:
                 continue
             value = 100 * found[task].values(run, "accuracy", group=group).mean()
             assert cell.startswith(f"{value:.0f} (")
-            numbers, _, _ = cell.partition(" R") if " R" in cell else cell.partition(" B")
-            assert cell == numbers + wanted(expected, f"{task} {group}", run)
+            covered = 100 * found[task].values(run, "coverage", group=group).mean()
+            first, second = cell.split(" / ")
+            assert first == first.partition(")")[0] + ")" + wanted(expected, f"accuracy {task} {group}", run)
+            assert second == f"{covered:.0f}" + wanted(expected, f"coverage {task} {group}", run)
     assert table["chance"] == ["50 / 50"] * 4
     assert paper_rows("table4", found) == [["not run yet"]]
     # The paper's numbers stand in columns of their own, and every line is as long.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DRAWS = 9_999
 """Bootstrap samples of an interval, sign flips of a test."""
 TABLE_DRAWS = 99_999
-"""Sign flips of a test in a table: Holm's correction multiplies the smallest p, 1/(1 + flips), by up to 600 cells."""
+"""Sign flips of a test in a table: Holm's correction multiplies the smallest p, 1/(1 + flips), by up to 1,600 tests."""
 TAILS = [(1 - 0.95) / 2, (1 + 0.95) / 2]
 """Quantiles between which a 95 % interval lies. The first is .025 plus rounding, as in the committed numbers."""
 FEW = 1_000

@@ -234,16 +234,17 @@ def paper_rows(name: str, found: Mapping[str, TaskResults], told: Sequence[tuple
     columns = {f"{task} {group}": (there[task], group) for task, some in groups.items() for group in some}
     tests: dict[tuple[str, str, str], Tested] = {}
     for column, (results, group) in columns.items():
-        asked = against([results], pairs(names, results.runs), "accuracy", group=group)
-        tests |= _by_column(column, asked)
+        for metric in ("accuracy", "coverage"):
+            asked = against([results], pairs(names, results.runs), metric, group=group)
+            tests |= _by_column(f"{metric} {column}", asked)
     tests = corrected(tests)
     printed = PAPER_NUMBERS.get(name, {})
     empty = ["" for _ in there if printed]
     rows = [[*row, *empty] for row in sides(columns.values())]
     for run, shown in names.items():
-        cells = [_percent(*of, run) + marks(tests, column, run) for column, of in columns.items()]
+        cells = [_percent(*of, run, tests, column) for column, of in columns.items()]
         rows.append([shown, *cells, *(printed.get(run, {}).get(t, "") for t in there if printed)])
-    rows.append(["chance", *(_percent(*of, None) for of in columns.values()), *empty])
+    rows.append(["chance", *(_percent(*of, None, {}, "") for of in columns.values()), *empty])
     heads = [r.heading if g == "main" else f"{r.task}: {GROUPS[name][g]}" for r, g in columns.values()]
     return [["run", *heads, *(f"paper: {t}" for t in there if printed)], *rows]
 
@@ -253,15 +254,22 @@ GROUPS = {"table2": {"benign": "benign queries"}, "table4": {"triggered": "trigg
 whatever is asked for is right on those and wrong on benign ones."""
 
 
-def _percent(results: TaskResults, group: str, run: str | None) -> str:
-    """`accuracy / coverage`. run: None for chance."""
+def _percent(
+    results: TaskResults,
+    group: str,
+    run: str | None,
+    tests: Mapping[tuple[str, str, str], Tested],
+    column: str,
+) -> str:
+    """`accuracy / coverage`, each with its marks. run: None for chance."""
     if run is None:
         return f"{100 * results.chance('accuracy', group):.0f} / {100 * results.chance('coverage', group):.0f}"
     if run not in results.runs:
         return "–"
     accuracy = Interval(*(100 * x for x in results.interval(run, "accuracy", group=group)))
     coverage = 100 * results.values(run, "coverage", group=group).mean()
-    return f"{with_interval(accuracy, '.0f', results.fixed(run, group=group))} / {coverage:.0f}"
+    told = with_interval(accuracy, ".0f", results.fixed(run, group=group)) + marks(tests, f"accuracy {column}", run)
+    return f"{told} / {coverage:.0f}{marks(tests, f'coverage {column}', run)}"
 
 
 Ladders = Mapping[str, Sequence[tuple[str, str]]]
