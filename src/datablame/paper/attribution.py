@@ -106,8 +106,8 @@ def _table(name: str, found: dict[str, Any]) -> dict[str, Any]:
         "length and the norm of its gradient find without looking at the query; and where the label shows.",
         "Top-1 accuracy with its 95 % interval / coverage, in percent; chance in the last row.",
         "R and B: better (+), worse (−) or not significantly different (=) from the paper's RepSim and from BM25, at "
-        "5 % after Holm's correction over the table. ≡: one ranking for all queries, which are of one class, under every "
-        "seed; neither interval nor test. The paper's numbers are of Llama-2-7B-chat, on other rows.",
+        "5 % after Holm's correction over the table. ≡: one ranking for all queries, which are of one class, under "
+        "every seed; neither interval nor test. The paper's numbers are of Llama-2-7B-chat, on other rows.",
         "The first lines say on which side a task's label shows, what words alone find, and what the length of a row "
         "and the norm of its gradient find, whatever the query.",
     ]
