@@ -133,6 +133,29 @@ def figure5(r: dict[str, Any]) -> str:
     return f"{bench_tables.markdown(rows)}\n\n{_foot(r)}{''.join(left_out)}"
 
 
+def figure5_auroc(r: dict[str, Any]) -> str:
+    """AUROC at the first and the last checkpoint, a loss and method a row, a task a column; *: told apart."""
+    tasks = r["tasks"]
+    rows = [["AUROC, first → last checkpoint", *tasks]]
+    ends = {t: (x["checkpoints"][0], x["checkpoints"][-1]) for t, x in tasks.items()}
+    rows.append(
+        ["training loss", *(" → ".join(f"{p['loss']['train']['tuned']:.2f}" for p in e) for e in ends.values())]
+    )
+    for k, view in enumerate(convergence.VIEWS):
+        for method, runs in convergence.METHODS.items():
+            rows.append([f"{view}: {method} `{runs[k]}`", *(_ends(r, t, e, runs[k]) for t, e in ends.items())])
+    rows.append(["BM25", *(f"{e[0]['runs'][convergence.BM25]['auroc']['value']:.2f}" for e in ends.values())])
+    left_out = [f"\n\n{note}" for note in r["left_out"]]
+    return f"{bench_tables.markdown(rows)}\n\n{_foot(r)}{''.join(left_out)}"
+
+
+def _ends(r: dict[str, Any], task: str, ends: tuple[dict[str, Any], dict[str, Any]], run: str) -> str:
+    if any(run not in p["runs"] for p in ends):
+        return "–"
+    star = "*" if "*" in convergence.change(r, task, run, "auroc") else ""
+    return " → ".join(f"{p['runs'][run]['auroc']['value']:.2f}" for p in ends) + star
+
+
 def _value(runs: dict[str, Any], run: str, metric: str = "accuracy") -> str:
     """With its interval, where it has one; a dash where the run has no such number."""
     x = runs.get(run, {}).get(metric)

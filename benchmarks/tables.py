@@ -34,7 +34,7 @@ from datablame.evaluation.truth import KINDS
 from datablame.paper import experiment, module
 from datablame.report.bench import BASE
 from methods_tables import captures, curvatures, methods, unrolled  # noqa: F401
-from paper_tables import figure3, figure4, figure5, figure7, residuals, table5  # noqa: F401
+from paper_tables import figure3, figure4, figure5, figure5_auroc, figure7, residuals, table5  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,7 +43,7 @@ MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.S)
 FILES = {
     **dict.fromkeys(("table5", "figure3", "residuals"), "paper/table5"),
     "figure4": "paper/figure4",
-    "figure5": "paper/figure5",
+    **dict.fromkeys(("figure5", "figure5_auroc"), "paper/figure5"),
     "figure7": "paper/figure7",
     **dict.fromkeys(("captures", "curvatures", "unrolled"), "methods"),
 }
